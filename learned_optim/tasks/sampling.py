@@ -1,0 +1,76 @@
+"""Random choices drawn from a ``torch.Generator``, and batches of data sets."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from .base import draw_seed
+
+T = TypeVar("T")
+
+
+def uniform(rng: torch.Generator, low: float, high: float) -> float:
+    """A number from [low, high)."""
+    return low + (high - low) * float(torch.rand((), generator=rng))
+
+
+def log_uniform(rng: torch.Generator, low: float, high: float) -> float:
+    """A number from [low, high) whose logarithm is uniform."""
+    return math.exp(uniform(rng, math.log(low), math.log(high)))
+
+
+def log_int(rng: torch.Generator, low: int, high: int) -> int:
+    """An integer from low to high inclusive, roughly uniform in its logarithm."""
+    return min(int(log_uniform(rng, low, high + 1)), high)
+
+
+def integer(rng: torch.Generator, low: int, high: int) -> int:
+    """An integer from low to high inclusive."""
+    return int(torch.randint(low, high + 1, (), generator=rng))
+
+
+def choice(rng: torch.Generator, options: Sequence[T]) -> T:
+    """One of the options, all equally likely."""
+    return options[integer(rng, 0, len(options) - 1)]
+
+
+def chance(rng: torch.Generator, probability: float) -> bool:
+    """True with the given probability."""
+    return float(torch.rand((), generator=rng)) < probability
+
+
+def spawn(rng: torch.Generator) -> Callable[[], torch.Generator]:
+    """Draws a seed now and returns a maker of generators with it: for data that is made later, or made again."""
+    seed = draw_seed(rng)
+    return lambda: torch.Generator().manual_seed(seed)
+
+
+Data = tuple[Tensor, ...]
+"""Tensors of equal length along dimension 0, one row per example."""
+
+
+def split(data: Data, rng: torch.Generator, held_out: float = 0.2, cap: int = 512) -> tuple[Data, Data]:
+    """Shuffles examples and splits them into (training, held-out); the held-out part has at most ``cap`` of them."""
+    n = len(data[0])
+    order = torch.randperm(n, generator=rng)
+    n_held_out = max(1, min(cap, round(held_out * n)))
+    return tuple(t[order[n_held_out:]] for t in data), tuple(t[order[:n_held_out]] for t in data)
+
+
+def dataset_batches(data: Data, batch_size: int, rng: torch.Generator) -> Iterator[Data]:
+    """Yields batches for ever, reshuffling at each pass; drops an incomplete last batch.
+
+    A data set smaller than ``batch_size`` gives full batches of all examples.
+    """
+    n = len(data[0])
+    size = min(batch_size, n)
+    while True:
+        order = torch.randperm(n, generator=rng)
+        for start in range(0, n - size + 1, size):
+            index = order[start : start + size]
+            yield tuple(t[index] for t in data)
