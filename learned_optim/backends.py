@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
+from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.coordinates import Segments, Whole
 from learned_optim.features import TensorSums
-from learned_optim.layout import Segments, Whole
 from learned_optim.policy import Policy
-from learned_optim.update_rule import CoordinateState, Hyperparameters
 
 #: Tensors up to this many coordinates are run side by side, in vectors of up to this many coordinates. Below torch's
 #: grain size for threads, so that no thread boundary can fall differently when tensors are grouped differently.
@@ -93,6 +93,7 @@ class EagerBackend:
     def _run_large(self, job: Job, hyper: Hyperparameters) -> None:
         dtype = arithmetic_dtype(job.param.dtype)
         layout = _whole(job.param.shape, job.param.device)
+        now = update_rule.step_numbers(job.step, hyper)
         with _flat([job.param, job.grad, *job.planes], written=[0, *range(2, 2 + len(job.planes))]) as flat:
             chunks = [tuple(c) for c in zip(*(t.split(CHUNK) for t in flat), strict=True)]
 
@@ -100,15 +101,15 @@ class EagerBackend:
                 p, g, m, v, *h = (t.to(dtype) for t in chunk)
                 return p, g, CoordinateState(m, v, tuple(h))
 
-            parts = [update_rule.measure(layout, *inputs(chunk), job.step, hyper) for chunk in chunks]
+            parts = [update_rule.measure(layout, *inputs(chunk), now) for chunk in chunks]
             sums = TensorSums(*(torch.stack(s).double().sum(0) for s in zip(*parts, strict=True)))
             cosine = torch.stack(job.cosine).unsqueeze(1)
             values, cosine = self._coefficients(layout, sums, cosine, job.step)
             coeff = update_rule.spread_coefficients(self.config, layout, values, dtype)
             for chunk in chunks:
-                new = update_rule.apply(self.numbers, self.config, coeff, *inputs(chunk), job.step, hyper)
+                new = update_rule.apply(self.numbers, self.config, coeff, *inputs(chunk), now)
                 _write(chunk, new)
-        torch._foreach_copy_(list(job.cosine), list(cosine[:, 0].unbind()))
+        _copy_all(list(job.cosine), list(cosine[:, 0].unbind()))
 
     def _run_batch(self, batch: list[Job], hyper: Hyperparameters) -> None:
         first = batch[0]
@@ -119,25 +120,30 @@ class EagerBackend:
         views = [[_like(piece, job.param) for piece, job in zip(vector.split(layout.sizes), batch, strict=True)]
                  for vector in vectors]  # fmt: skip
         for vector_views, sources in zip(views, zip(*tensors, strict=True), strict=True):
-            torch._foreach_copy_(vector_views, list(sources))
+            _copy_all(vector_views, list(sources))
         p, g, m, v, *h = vectors.unbind()
         cosine = torch.stack([torch.stack([job.cosine[i] for job in batch]) for i in range(2)])
         state = CoordinateState(m, v, tuple(h))
-        sums = update_rule.measure(layout, p, g, state, first.step, hyper)
+        now = update_rule.step_numbers(first.step, hyper)
+        sums = update_rule.measure(layout, p, g, state, now)
         values, cosine = self._coefficients(layout, sums, cosine, first.step)
         coeff = update_rule.spread_coefficients(self.config, layout, values, dtype)
-        new_p, new_state = update_rule.apply(self.numbers, self.config, coeff, p, g, state, first.step, hyper)
+        new_p, new_state = update_rule.apply(self.numbers, self.config, coeff, p, g, state, now)
         written = (new_p, new_state.exp_avg, new_state.exp_avg_sq, *new_state.hidden)
         for vector, targets in zip(written, zip(*((t[0], *t[2:]) for t in tensors), strict=True), strict=True):
             pieces = [_like(piece, job.param) for piece, job in zip(vector.split(layout.sizes), batch, strict=True)]
-            torch._foreach_copy_(list(targets), pieces)
+            _copy_all(list(targets), pieces)
         for i in range(2):
-            torch._foreach_copy_([job.cosine[i] for job in batch], list(cosine[i].unbind()))
+            _copy_all([job.cosine[i] for job in batch], list(cosine[i].unbind()))
 
 
 def _write(chunk: tuple[Tensor, ...], new: tuple[Tensor, CoordinateState]) -> None:
     param, state = new
-    torch._foreach_copy_([chunk[0], *chunk[2:]], [param, state.exp_avg, state.exp_avg_sq, *state.hidden])
+    _copy_all([chunk[0], *chunk[2:]], [param, state.exp_avg, state.exp_avg_sq, *state.hidden])
+
+
+def _copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:

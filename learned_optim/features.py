@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.layout import Layout, Spread
+from learned_optim.coordinates import Layout, Spread
 from learned_optim.policy import PolicyConfig
 
 
@@ -38,8 +38,8 @@ def tensor_sums(layout: Layout, u: Tensor, b: Tensor, h: Tensor, p: Tensor, r: T
         p: parameter.
         r: the previous first moment over the same denominator as u.
     """
-    inner = layout.inner
-    return TensorSums(inner(u, u), inner(b, b), layout.total(b.abs()), inner(h, h), inner(p, p), inner(u, r), inner(r, r))
+    inner, total = layout.inner, layout.total
+    return TensorSums(inner(u, u), inner(b, b), total(b.abs()), inner(h, h), inner(p, p), inner(u, r), inner(r, r))
 
 
 class TensorStatistics(NamedTuple):
@@ -68,7 +68,9 @@ def _root(mean_square: Tensor) -> Tensor:
     return mean_square.clamp(min=1e-60).sqrt()
 
 
-def tensor_context(config: PolicyConfig, layout: Layout, stats: TensorStatistics, cosine: Tensor, step: Spread) -> Tensor:
+def tensor_context(
+    config: PolicyConfig, layout: Layout, stats: TensorStatistics, cosine: Tensor, step: Spread
+) -> Tensor:
     """The head's inputs.
 
     Args:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from learned_optim.backends import Job, arithmetic_dtype, make_backend
+from learned_optim.cells import Hyperparameters
 from learned_optim.policy import Policy
-from learned_optim.update_rule import Hyperparameters
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT

@@ -13,83 +13,45 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     p' = p - lr weight_decay p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
-:func:`bounded_ratio`, and s, w, kappa from the tensor head, a linear map of the tensor's context c. The floor 1/t
-makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight lies on the initial zero.
+:func:`~learned_optim.cells.bounded_ratio`, and s, w, kappa from the tensor head, a linear map of the tensor's context
+c. The floor 1/t makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight lies on
+the initial zero.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
-from learned_optim.features import (
-    TensorSums,
-    coordinate_features,
-    statistics,
-    tensor_context,
-    tensor_sums,
+from learned_optim.cells import (
+    Coefficients,
+    CoordinateState,
+    Hyperparameters,
+    StepNumbers,
+    add_product,
+    bounded_ratio,
+    gated_cell,
+    gru_cell,
+    step_numbers,
 )
-from learned_optim.layout import Layout, Spread
+from learned_optim.coordinates import Layout, Spread
+from learned_optim.features import TensorSums, coordinate_features, statistics, tensor_context, tensor_sums
 from learned_optim.policy import PolicyConfig
 
 
-class Hyperparameters(NamedTuple):
-    """What the user sets; numbers, or 0-d tensors where compilation must not specialise on them."""
-
-    lr: Spread
-    beta1: Spread
-    beta2: Spread
-    eps: Spread
-    weight_decay: Spread
-
-
-class CoordinateState(NamedTuple):
-    """State planes, each [n] like the parameters."""
-
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    hidden: tuple[Tensor, ...]
-
-
-class Coefficients(NamedTuple):
-    """A tensor's numbers for one step, spread over its coordinates."""
-
-    momentum: Spread  #: s w_b
-    gradient: Spread  #: s w_u
-    disagreeing: Spread  #: 1 - kappa
-    inverse_rms_b: Spread
-    inverse_rms_h: Spread
-    inverse_rms_u: Spread
-    inverse_rms_p: Spread
-    hidden: Sequence[Spread]  #: s w_j
-    rates: Sequence[Spread]  #: rate_j(t) f(C_j . c)
-
-
-def bounded_ratio(x: Tensor, bound: float) -> Tensor:
-    """A smooth, odd-in-log factor between 1/bound and bound: 1 at x = 0, f(-x) = 1 / f(x). One division."""
-    a = (bound - 1.0) / (bound + 1.0)
-    base = 1.0 + x.abs()
-    return torch.add(base, x, alpha=a) / torch.sub(base, x, alpha=a)
-
-
-def directions(
-    grad: Tensor, state: CoordinateState, step: Spread, hyper: Hyperparameters
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def directions(grad: Tensor, state: CoordinateState, now: StepNumbers) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """New moments m, v [n], and over the denominator sqrt(v_hat) + eps: gradient u, momentum b, old momentum r."""
-    m = state.exp_avg + (1.0 - hyper.beta1) * (grad - state.exp_avg)
-    v = state.exp_avg_sq * hyper.beta2 + (1.0 - hyper.beta2) * (grad * grad)
-    inverse = 1.0 / (v.sqrt() / (1.0 - hyper.beta2**step) ** 0.5 + hyper.eps)
-    return m, v, grad * inverse, m * (inverse / (1.0 - hyper.beta1**step)), state.exp_avg * inverse
+    m = state.exp_avg + (1.0 - now.beta1) * (grad - state.exp_avg)
+    v = state.exp_avg_sq * now.beta2 + (1.0 - now.beta2) * (grad * grad)
+    inverse = 1.0 / (v.sqrt() * (1.0 / now.root_bias_correction2) + now.eps)
+    return m, v, grad * inverse, m * (inverse * (1.0 / now.bias_correction1)), state.exp_avg * inverse
 
 
-def measure(
-    layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, step: Spread, hyper: Hyperparameters
-) -> TensorSums:
+def measure(layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, now: StepNumbers) -> TensorSums:
     """First pass: the sums over each tensor that its context and its features are made of."""
-    _, _, u, b, r = directions(grad, state, step, hyper)
+    _, _, u, b, r = directions(grad, state, now)
     return tensor_sums(layout, u, b, state.hidden[0], param, r)
 
 
@@ -148,11 +110,10 @@ def apply(
     param: Tensor,
     grad: Tensor,
     state: CoordinateState,
-    step: Spread,
-    hyper: Hyperparameters,
+    now: StepNumbers,
 ) -> tuple[Tensor, CoordinateState]:
     """Second pass: new parameters and state planes, coordinate by coordinate."""
-    m, v, u, b, _ = directions(grad, state, step, hyper)
+    m, v, u, b, _ = directions(grad, state, now)
     x = coordinate_features(
         config,
         b * coeff.inverse_rms_b,
@@ -161,85 +122,10 @@ def apply(
         param * coeff.inverse_rms_p,
     )
     cell = gated_cell if config.cell == "gated" else gru_cell
-    hidden, d = cell(weights, config, coeff, x, u, b, state.hidden, step)
+    hidden, d = cell(weights, config, coeff, x, u, b, state.hidden, now)
     d = torch.where(d * u < 0.0, d * coeff.disagreeing, d)
-    new_param = add_product(param * (1.0 - hyper.lr * hyper.weight_decay), -hyper.lr, d)
+    new_param = add_product(param * now.retained, -now.lr, d)
     return new_param, CoordinateState(m, v, tuple(hidden))
-
-
-def gated_cell(
-    weights: Mapping[str, Tensor | list],
-    config: PolicyConfig,
-    coeff: Coefficients,
-    x: list[Tensor],
-    u: Tensor,
-    b: Tensor,
-    hidden: tuple[Tensor, ...],
-    step: Spread,
-) -> tuple[list[Tensor], Tensor]:
-    """A bank of gated averages of u; returns the new hidden units and the mixture times its amplitude."""
-    d = add_product(coeff.momentum * b, coeff.gradient, u)
-    new_hidden = []
-    for h, rate, weight, shift in zip(hidden, coeff.rates, coeff.hidden, linear(weights["gate_features"], x), strict=True):
-        z = clamp_gate(rate * bounded_ratio(shift, config.gate_bound), 1.0 / step)
-        h = h + z * (u - h)
-        d = add_product(d, weight, h)
-        new_hidden.append(h)
-    (shift,) = linear([weights["amplitude"]], x)
-    return new_hidden, d * bounded_ratio(shift, config.amplitude_bound)
-
-
-def gru_cell(
-    weights: Mapping[str, Tensor | list],
-    config: PolicyConfig,
-    coeff: Coefficients,
-    x: list[Tensor],
-    u: Tensor,
-    b: Tensor,
-    hidden: tuple[Tensor, ...],
-    step: Spread,
-) -> tuple[list[Tensor], Tensor]:
-    """A GRU (Cho et al. 2014) over the features; its outputs multiply the amplitude and both directions."""
-    size = config.hidden_size
-    from_input = linear(weights["gru_input"], x)
-    from_hidden = linear(weights["gru_hidden"], list(hidden))
-    bias = weights["gru_bias"]
-    new_hidden = []
-    for j, h in enumerate(hidden):
-        reset = torch.sigmoid(from_input[j] + from_hidden[j] + bias[j])
-        z = torch.sigmoid(from_input[size + j] + from_hidden[size + j] + bias[size + j])
-        candidate = torch.tanh(from_input[2 * size + j] + reset * from_hidden[2 * size + j] + bias[2 * size + j])
-        new_hidden.append(h + z * (candidate - h))
-    amplitude, of_b, of_u = (bounded_ratio(o, config.amplitude_bound) for o in linear(weights["gru_output"], new_hidden))
-    return new_hidden, amplitude * (coeff.momentum * b * of_b + coeff.gradient * u * of_u)
-
-
-def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
-    """Rows of ``weights`` [R, I] times I planes [n] -> R planes; one product, or a chain where weights are numbers."""
-    if isinstance(weights, Tensor) and not torch.compiler.is_compiling():
-        return list((weights @ torch.stack(planes)).unbind())
-    out = []
-    for row in weights:
-        if isinstance(row, Tensor) and not torch.compiler.is_compiling():
-            out.append(row @ torch.stack(planes))
-            continue
-        total = row[0] * planes[0]
-        for i in range(1, len(planes)):
-            total = add_product(total, row[i], planes[i])
-        out.append(total)
-    return out
-
-
-def add_product(total: Tensor, factor: Spread, x: Tensor) -> Tensor:
-    """``total + factor * x`` in one operation."""
-    return torch.addcmul(total, factor, x) if isinstance(factor, Tensor) else torch.add(total, x, alpha=factor)
-
-
-def clamp_gate(z: Tensor, floor: Spread) -> Tensor:
-    """``min(1, max(floor, z))``."""
-    if isinstance(floor, Tensor):
-        return torch.maximum(z, floor.to(z.dtype)).clamp(max=1.0)
-    return z.clamp(min(floor, 1.0), 1.0)
 
 
 def update(
@@ -269,10 +155,11 @@ def update(
     Returns:
         New parameters, state planes and cosines; the inputs are left as they were.
     """
-    sums = measure(layout, param, grad, state, step, hyper)
+    now = step_numbers(step, hyper)
+    sums = measure(layout, param, grad, state, now)
     values, cosine = coefficients(weights, config, layout, sums, cosine, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
-    param, state = apply(weights, config, coeff, param, grad, state, step, hyper)
+    param, state = apply(weights, config, coeff, param, grad, state, now)
     return param, state, cosine
 
 
@@ -281,9 +168,3 @@ def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> 
     zeros = [torch.zeros_like(param) for _ in range(2 + config.hidden_size)]
     cosine = torch.zeros(2, num_tensors, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
     return CoordinateState(zeros[0], zeros[1], tuple(zeros[2:])), cosine
-
-
-__all__ = [
-    "Coefficients", "CoordinateState", "Hyperparameters", "apply", "bounded_ratio", "coefficients", "directions",
-    "initial_state", "measure", "spread_coefficients", "update",
-]  # fmt: skip

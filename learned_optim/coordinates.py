@@ -1,0 +1,100 @@
+"""Where tensors lie in a flat vector of coordinates, and how per-tensor numbers are summed and spread over it.
+
+The update rule sees vectors of coordinates. One vector may be a piece of a tensor (:class:`Whole`) or hold several
+small tensors side by side (:class:`Segments`); the rule cannot tell, since all that crosses coordinates goes
+through ``inner``, ``total`` and ``spread``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+#: A per-tensor value at a coordinate: a number, a 0-d tensor, or a vector with one entry per coordinate.
+Spread = float | Tensor
+
+
+def tensor_shape_context(shape: Sequence[int]) -> tuple[float, float, float, float]:
+    """``log_numel, is_vector, is_convolution, log_fan_ratio`` of a parameter, from its shape alone.
+
+    Convention of torch: ``shape[0]`` counts outputs, ``shape[1]`` inputs, what follows is the kernel.
+    """
+    fan_ratio = math.log(max(shape[0], 1) / max(shape[1], 1)) if len(shape) >= 2 else 0.0
+    return math.log(max(math.prod(shape), 1)), float(len(shape) <= 1), float(len(shape) >= 3), fan_ratio
+
+
+class Layout(Protocol):
+    """K tensors in a vector of n coordinates."""
+
+    numel: Tensor  #: [K], float64: coordinates of each whole tensor
+    shape_context: Tensor  #: [4, K], float64: see :func:`tensor_shape_context`
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        """[n], [n] -> [K]: sums of products over each tensor."""
+        ...
+
+    def total(self, x: Tensor) -> Tensor:
+        """[n] -> [K]: sums over each tensor."""
+        ...
+
+    def spread(self, values: Tensor) -> Sequence[Spread]:
+        """[C, K] -> C values, each to be broadcast over the [n] coordinates."""
+        ...
+
+
+class Whole:
+    """One tensor, or a chunk of one: per-tensor values apply to every coordinate alike.
+
+    Args:
+        shape: of the whole parameter.
+        device: where the per-tensor numbers live.
+    """
+
+    def __init__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+        context = tensor_shape_context(shape)
+        self.numel = torch.tensor([float(max(math.prod(shape), 1))], dtype=torch.float64, device=device)
+        self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).unsqueeze(1)
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.dot(x, y).unsqueeze(0)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x.sum().unsqueeze(0)
+
+    def spread(self, values: Tensor) -> Sequence[Spread]:
+        if values.device.type == "cpu" and not values.requires_grad:
+            return values[:, 0].tolist()  # numbers, which elementwise kernels take at full speed
+        return values[:, 0].unbind()
+
+
+class Segments:
+    """K tensors side by side, each padded with zeros to a multiple of ``align`` coordinates.
+
+    Args:
+        shapes: of the parameters, in order.
+        align: with 64 no tensor shares a SIMD vector with another, so that rounding does not depend on the
+            neighbours; 1 packs densely.
+        device: where the per-tensor numbers live.
+    """
+
+    def __init__(self, shapes: Sequence[Sequence[int]], align: int = 1, device: torch.device | str = "cpu") -> None:
+        sizes = [math.prod(shape) for shape in shapes]
+        self.sizes = [-(-size // align) * align for size in sizes]
+        self.numel = torch.tensor([float(max(s, 1)) for s in sizes], dtype=torch.float64, device=device)
+        context = [tensor_shape_context(shape) for shape in shapes]
+        self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).T.contiguous()
+        owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(self.sizes, dtype=torch.int64))
+        self.owner = owner.to(device)
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return torch.stack([torch.dot(a, b) for a, b in zip(x.split(self.sizes), y.split(self.sizes), strict=True)])
+
+    def total(self, x: Tensor) -> Tensor:
+        return torch.stack([a.sum() for a in x.split(self.sizes)])
+
+    def spread(self, values: Tensor) -> Sequence[Spread]:
+        return values.index_select(1, self.owner).unbind()
