@@ -45,7 +45,8 @@ def directions(grad: Tensor, state: CoordinateState, now: StepNumbers) -> tuple[
     """New moments m, v [n], and over the denominator sqrt(v_hat) + eps: gradient u, momentum b, old momentum r."""
     m = state.exp_avg + (1.0 - now.beta1) * (grad - state.exp_avg)
     v = state.exp_avg_sq * now.beta2 + (1.0 - now.beta2) * (grad * grad)
-    inverse = 1.0 / (v.sqrt() * (1.0 / now.root_bias_correction2) + now.eps)
+    # The clamp changes no value that counts; it keeps the root differentiable where there never was a gradient.
+    inverse = 1.0 / (v.clamp(min=1e-36).sqrt() * (1.0 / now.root_bias_correction2) + now.eps)
     return m, v, grad * inverse, m * (inverse * (1.0 / now.bias_correction1)), state.exp_avg * inverse
 
 
@@ -76,7 +77,7 @@ def coefficients(
     new_cosine = decay * cosine.double() + (1.0 - decay) * stats.cosine
     context = tensor_context(config, layout, stats, new_cosine, step)
 
-    head = weights["head"].double() @ context  # [outputs, K]
+    head = _per_column(weights["head"], context)  # [outputs, K]
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
     scale = config.step_scale * log_factor[0].exp()
     base = context.new_tensor((config.momentum_weight, config.gradient_weight, *config.hidden_weights)).unsqueeze(1)
@@ -91,9 +92,14 @@ def coefficients(
     rows += [inverse(stats.rms_p), *mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
-        shift = bounded_ratio(weights["gate_context"].double() @ context, config.gate_bound)
+        shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
         rows += [rate * row for rate, row in zip((*growing, *config.rates), shift, strict=True)]
     return torch.stack(rows), new_cosine.to(cosine.dtype)
+
+
+def _per_column(weight: Tensor, context: Tensor) -> Tensor:
+    """[R, C] times [C, K] in float64; unlike those of a matrix product, a column's bits do not depend on K."""
+    return (weight.double().unsqueeze(2) * context).sum(1)
 
 
 def spread_coefficients(config: PolicyConfig, layout: Layout, values: Tensor, dtype: torch.dtype) -> Coefficients:
@@ -111,8 +117,13 @@ def apply(
     grad: Tensor,
     state: CoordinateState,
     now: StepNumbers,
+    fixed_scale: Layout | None = None,
 ) -> tuple[Tensor, CoordinateState]:
-    """Second pass: new parameters and state planes, coordinate by coordinate."""
+    """Second pass: new parameters and state planes, coordinate by coordinate.
+
+    With a layout as ``fixed_scale`` the rms of d over each tensor is a constant to back-propagation (its value is
+    unchanged): meta-training through short windows then cannot learn step sizes, which it would choose too small.
+    """
     m, v, u, b, _ = directions(grad, state, now)
     x = coordinate_features(
         config,
@@ -124,6 +135,10 @@ def apply(
     cell = gated_cell if config.cell == "gated" else gru_cell
     hidden, d = cell(weights, config, coeff, x, u, b, state.hidden, now)
     d = torch.where(d * u < 0.0, d * coeff.disagreeing, d)
+    if fixed_scale is not None:
+        square = fixed_scale.inner(d, d).clamp(min=1e-30)
+        (ratio,) = fixed_scale.spread((square.detach() / square).sqrt().unsqueeze(0))
+        d = d * ratio
     new_param = add_product(param * now.retained, -now.lr, d)
     return new_param, CoordinateState(m, v, tuple(hidden))
 
@@ -138,6 +153,8 @@ def update(
     cosine: Tensor,
     step: Spread,
     hyper: Hyperparameters,
+    *,
+    fixed_scale: bool = False,
 ) -> tuple[Tensor, CoordinateState, Tensor]:
     """One update of K tensors laid out in vectors of n coordinates.
 
@@ -151,6 +168,7 @@ def update(
         cosine: [2, K]; zeros before the first step.
         step: t >= 1, the number of this update.
         hyper: what the user sets.
+        fixed_scale: see :func:`apply`.
 
     Returns:
         New parameters, state planes and cosines; the inputs are left as they were.
@@ -159,7 +177,9 @@ def update(
     sums = measure(layout, param, grad, state, now)
     values, cosine = coefficients(weights, config, layout, sums, cosine, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
-    param, state = apply(weights, config, coeff, param, grad, state, now)
+    param, state = apply(
+        weights, config, coeff, param, grad, state, now, fixed_scale=layout if fixed_scale else None
+    )
     return param, state, cosine
 
 

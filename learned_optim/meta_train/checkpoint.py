@@ -1,0 +1,167 @@
+"""The folder of a run: checkpoints that are whole or absent, metrics, and one run at a time.
+
+DIR/config.toml            the settings
+DIR/checkpoint.pt          where the run stands; ``checkpoint.previous.pt`` is the one before
+DIR/metrics.jsonl          a line per outer step
+DIR/best/                  the policy that validation liked best, as an artefact
+DIR/final/                 the policy after the last outer step
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from learned_optim.meta_train.config import MetaTrainConfig
+
+CURRENT, PREVIOUS, METRICS, CONFIG = "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "config.toml"
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` as a whole: a reader sees the old file or the new one, also after a power cut."""
+    temporary = path.with_name(path.name + ".writing")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+class RunFolder:
+    """One run's folder, locked against a second run.
+
+    Args:
+        path: made if it is not there.
+        resume: continue a run that is there.
+
+    Raises:
+        FileExistsError: the folder holds a run, and ``resume`` is false.
+        BlockingIOError: another process is running in this folder.
+        PermissionError, OSError: the folder cannot be written; said before any work is done.
+    """
+
+    def __init__(self, path: str | Path, resume: bool) -> None:
+        self.path = Path(path)
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held as long as the run)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            self._lock.close()
+            raise BlockingIOError(f"another process is meta-training in {self.path}: wait for it or use another folder"
+                                  ) from error  # fmt: skip
+        if not resume and ((self.path / CURRENT).exists() or (self.path / METRICS).exists()):
+            self._lock.close()
+            raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another folder")
+        probe = self.path / ".probe"
+        write_atomically(probe, b"\0" * 1_000_000)  # a full disk is better met now than after an hour
+        probe.unlink()
+
+    def close(self) -> None:
+        """Let others use the folder."""
+        self._lock.close()
+
+    def start(self, config: MetaTrainConfig) -> None:
+        """Note the settings."""
+        write_atomically(self.path / CONFIG, config.to_toml().encode())
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Make ``state`` the current checkpoint and keep the one before."""
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        current = self.path / CURRENT
+        data = buffer.getvalue()
+        if current.exists():
+            # A link, not a move: at no moment is there no current checkpoint.
+            temporary = self.path / (PREVIOUS + ".writing")
+            temporary.unlink(missing_ok=True)
+            os.link(current, temporary)
+            os.replace(temporary, self.path / PREVIOUS)
+        write_atomically(current, data)
+
+    def load(self, config: MetaTrainConfig) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, or ``None`` if there is none.
+
+        Raises:
+            ValueError: it was made with other settings (they are named), or none that is there can be read.
+        """
+        damaged = []
+        for name in (CURRENT, PREVIOUS):
+            path = self.path / name
+            if not path.exists():
+                continue
+            try:
+                state = torch.load(path, weights_only=True, map_location="cpu")
+                saved = MetaTrainConfig.from_dict(state["config"])
+            except (
+                RuntimeError,
+                OSError,
+                EOFError,
+                KeyError,
+                ValueError,
+                pickle.UnpicklingError,
+                zipfile.BadZipFile,
+            ) as e:
+                damaged.append(f"{path} ({type(e).__name__})")
+                continue
+            # More outer steps only mean that the run goes on for longer.
+            differing = [d for d in saved.differences(config) if not d.startswith(("outer_steps:", "threads:"))]
+            if differing:
+                raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): "
+                                 "resume with the same ones, or use another folder")  # fmt: skip
+            if damaged:
+                warnings.warn(f"{', '.join(damaged)} is damaged; continuing from {path}", RuntimeWarning, stacklevel=2)
+            return state
+        if damaged:
+            raise ValueError(f"no checkpoint can be read: {', '.join(damaged)}; start again in another folder")
+        return None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append a line to the metrics."""
+        with open(self.path / METRICS, "a") as file:
+            file.write(json.dumps(metrics) + "\n")
+
+    def rewind(self, outer_step: int) -> list[dict[str, Any]]:
+        """Drop the metrics of outer steps that the checkpoint does not know; returns those it does."""
+        path = self.path / METRICS
+        kept = []
+        for line in path.read_text().splitlines() if path.exists() else ():
+            try:
+                metrics = json.loads(line)
+            except ValueError:
+                continue  # cut off in the middle by whatever ended the run
+            if metrics["outer_step"] < outer_step:
+                kept.append(metrics)
+        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept).encode())
+        return kept
+
+
+def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
+    """The metrics of a run, a dict per outer step.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+    """
+    path = Path(folder) / METRICS
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder} holds no run: it has no {METRICS}")
+    lines = path.read_text().splitlines()
+    return [json.loads(line) for line in lines if line.endswith("}")]

@@ -1,0 +1,195 @@
+"""What a meta-training run is made of; free of torch, so that ``--help`` need not wait for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+Estimator = Literal["backprop", "es", "pes"]
+MetaLoss = Literal["final", "sum", "log_ratio"]
+Part = Literal["tensor_head", "gates", "amplitude", "gru"]
+
+
+@dataclasses.dataclass(frozen=True)
+class MetaTrainConfig:
+    """A meta-training run: everything that decides its result.
+
+    Args:
+        outer_steps: updates of the meta-parameters.
+        seed: of everything random in the run.
+        tasks: names of families of the zoo, or the tags ``train``, ``validation``, ``all``. Ignored where the Python
+            API is given tasks.
+        start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
+            random weights), or whatever ``Policy.from_pretrained`` takes. ``--from`` on the command line.
+        learn: the policy, the initial parameters of the optimizee, or both.
+        parts: parts of the policy that are learned; empty means all that it has.
+        estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
+            ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
+            evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021).
+        meta_batch: trajectories per outer step (``es``: antithetic pairs; ``pes``: antithetic pairs of particles).
+        unroll_length: inner steps per truncation (``backprop``, ``pes``).
+        second_order: differentiate through the inner gradients too; exact, and slower (``backprop``).
+        checkpoint_segment: inner steps whose graph is recomputed in the backward pass together, so that memory grows
+            with the root of ``unroll_length``; 0 keeps the whole graph (``backprop``).
+        meta_loss: of a window: ``final`` is the last loss, ``sum`` the mean along it, ``log_ratio`` the mean of
+            log(loss / reference), which weighs tasks of unlike loss scales alike. ``es`` over whole trajectories
+            takes the log-loss, smoothed, at half time and at the end, over the slope of the reference where that is
+            known (a log-speedup), else as it is.
+        held_out: take the meta-loss on the task's held-out data where it has any (``backprop``).
+        max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own.
+        curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
+        inner_lr: learning rate of the inner steps.
+        inner_lr_spread: each trajectory's rate is drawn log-uniformly within this factor of ``inner_lr``, each way.
+        inner_weight_decay: as in the optimizer.
+        fixed_scale: impose each tensor's step size: the rms of its mixture is taken out of the gradient, so that
+            windows too short to judge step sizes cannot change them (``backprop``).
+        sigma: standard deviation of the perturbations (``es``, ``pes``), in units of the weights.
+        meta_optimizer: class of ``torch.optim``, or ``LearnedOptimizer``.
+        meta_lr: its learning rate.
+        clip: bound of the rms of a trajectory's meta-gradient, as a multiple of the running median; a trajectory
+            that explodes cannot outvote the others.
+        augment: draw augmented tasks (rescaled parameters, noise, jumps) with this probability.
+        validate_every: outer steps between validations; 0 never validates.
+        validation_tasks: families or tags to validate on.
+        validation_seeds: tasks per validation family.
+        validation_length: cap of their lengths, in inner steps; 0 takes each task's own.
+        patience: validations without improvement before the run ends early; 0 never.
+        save_every: outer steps between checkpoints.
+        keep_going: a task that raises is left out, named and counted, instead of ending the run.
+        threads: of torch in each process; small networks are fastest with 1.
+    """
+
+    outer_steps: int = 100
+    seed: int = 0
+    tasks: tuple[str, ...] = ("train",)
+    start: str = "new"
+    learn: Literal["policy", "init", "both"] = "policy"
+    parts: tuple[Part, ...] = ()
+    estimator: Estimator = "es"
+    meta_batch: int = 4
+    unroll_length: int = 20
+    second_order: bool = False
+    checkpoint_segment: int = 0
+    meta_loss: MetaLoss = "log_ratio"
+    held_out: bool = False
+    max_length: int = 100
+    curriculum: int = 0
+    inner_lr: float = 1e-3
+    inner_lr_spread: float = 1.0
+    inner_weight_decay: float = 0.01
+    fixed_scale: bool = False
+    sigma: float = 0.1
+    meta_optimizer: str = "Adam"
+    meta_lr: float = 0.03
+    clip: float = 5.0
+    augment: float = 0.0
+    validate_every: int = 20
+    validation_tasks: tuple[str, ...] = ("validation",)
+    validation_seeds: int = 1
+    validation_length: int = 60
+    patience: int = 0
+    save_every: int = 10
+    keep_going: bool = False
+    threads: int = 1
+
+    def __post_init__(self) -> None:
+        def require(ok: bool, name: str, wanted: str) -> None:
+            if not ok:
+                raise ValueError(f"MetaTrainConfig.{name} must be {wanted}, found {getattr(self, name)!r}")
+
+        for name, hint in get_type_hints(type(self)).items():
+            if get_origin(hint) is Literal:
+                require(getattr(self, name) in get_args(hint), name, f"one of {get_args(hint)}")
+            elif hint is float:
+                require(math.isfinite(getattr(self, name)), name, "a finite number")
+        require(all(part in get_args(Part) for part in self.parts), "parts", f"names out of {get_args(Part)}")
+        for name in ("outer_steps", "meta_batch", "unroll_length", "save_every", "threads", "validation_seeds"):
+            require(getattr(self, name) >= 1, name, "1 or more")
+        for name in (
+            "checkpoint_segment",
+            "max_length",
+            "curriculum",
+            "validate_every",
+            "validation_length",
+            "patience",
+        ):
+            require(getattr(self, name) >= 0, name, "0 or more")
+        for name in ("inner_lr", "sigma", "clip"):
+            require(getattr(self, name) > 0.0, name, "positive")
+        require(self.meta_lr >= 0.0, "meta_lr", "0 or more")
+        require(self.inner_lr_spread >= 1.0, "inner_lr_spread", "1 or more")
+        require(0.0 <= self.augment <= 1.0, "augment", "in [0, 1]")
+        require(len(self.tasks) > 0, "tasks", "at least one name")
+        if self.learn != "policy":
+            require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, every field."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> MetaTrainConfig:
+        """The inverse of :meth:`to_dict`; keys left out take their defaults.
+
+        Raises:
+            ValueError: an unknown key, or a value of the wrong type.
+        """
+        known = {f.name: f.default for f in dataclasses.fields(cls)}
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"unknown settings {unknown}; known are {sorted(known)}")
+        typed: dict[str, Any] = {}
+        for name, value in values.items():
+            wanted = type(known[name])
+            if wanted is tuple and isinstance(value, list | tuple):
+                value = tuple(value)
+            elif wanted is float and type(value) is int:
+                value = float(value)
+            if type(value) is not wanted:
+                raise ValueError(f"setting {name!r} must be of type {wanted.__name__}, found {value!r}")
+            typed[name] = value
+        return cls(**typed)
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> MetaTrainConfig:
+        """Read a ``.toml`` or ``.json`` file.
+
+        Raises:
+            FileNotFoundError, ValueError: with the file's name.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"no such settings file: {path}")
+        try:
+            if path.suffix == ".toml":
+                values = _toml().loads(path.read_text())
+            else:
+                values = json.loads(path.read_text())
+            return cls.from_dict(values)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
+
+    def to_toml(self) -> str:
+        """The text of a ``.toml`` file that :meth:`from_file` reads back."""
+        # JSON's numbers, strings, booleans and lists of them are TOML's.
+        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in self.to_dict().items())
+
+    def differences(self, other: MetaTrainConfig) -> list[str]:
+        """``name: ours -> other's`` for every field that differs."""
+        mine, others = self.to_dict(), other.to_dict()
+        return [f"{k}: {mine[k]!r} -> {others[k]!r}" for k in mine if mine[k] != others[k]]
+
+
+def _toml() -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+
+        return tomllib
+    import tomli
+
+    return tomli

@@ -1,0 +1,257 @@
+"""Estimators of the meta-gradient, interchangeable behind one protocol.
+
+===================  =======================================  ====================================================
+estimator            bias                                     variance
+===================  =======================================  ====================================================
+BackpropTruncated    of truncation: what a window of T steps  lowest per inner step for smooth meta-losses; grows
+                     cannot see (step sizes chosen too        exponentially with T where the inner training is
+                     small); of first order, unless           chaotic (Metz et al. 2019)
+                     ``second_order``
+ES                   none for the smoothed meta-loss          grows with the number of meta-parameters over
+                     E M(theta + sigma e), whole              2 sigma^2 pairs, not with the length; a whole
+                     trajectories                             trajectory per estimate
+PES                  none for the smoothed meta-loss, over    grows with the number of windows per trajectory; an
+                     truncated trajectories                   estimate per window (Vicol et al. 2021)
+===================  =======================================  ====================================================
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.meta_train.meta_loss import MetaLossFn
+from learned_optim.meta_train.trajectories import Running, TaskSource, seed_of
+from learned_optim.meta_train.unroll import UnrollOptions, unroll
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.policy import Policy
+from learned_optim.tasks.rollout import Curve, smoothed, train
+
+Weights = dict[str, Tensor]
+
+
+class Estimate(NamedTuple):
+    """What one slot of the meta-batch says in one outer step."""
+
+    slot: int
+    family: str
+    gradient: Weights  #: by meta-parameter, of those that are learned
+    meta_loss: float
+    inner_steps: int
+
+
+class GradientEstimator(Protocol):
+    """Makes an :class:`Estimate` per slot; may keep a trajectory per slot between outer steps."""
+
+    running: dict[int, Running]
+
+    def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
+        """
+        Args:
+            policy: the meta-parameters as they stand.
+            learned: names of those that are learned.
+            slot: number in the meta-batch; decides task and seeds together with the outer step.
+            outer_step: counts from 0.
+        """
+        ...
+
+
+class _Truncated:
+    """Trajectories that are continued, a window at a time, from one outer step to the next."""
+
+    def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> None:
+        self.source, self.config, self.meta_loss = source, config, meta_loss
+        self.running: dict[int, Running] = {}
+
+    def _window(
+        self, policy: Policy, slot: int, outer_step: int, copies: int, start: Callable[[Running], Tensor | None]
+    ) -> tuple[Running, list]:
+        running = self.running.get(slot)
+        if running is None or running.step >= running.plan.length or not self._finite(running):
+            self.running.pop(slot, None)
+            running = Running(slot, self.source.draw(slot, outer_step), outer_step)
+            running.states = [running.problem.start(policy.config, start(running)) for _ in range(copies)]
+            self.running[slot] = running
+        batches = running.window(min(self.config.unroll_length, running.plan.length - running.step))
+        if math.isnan(running.reference):
+            begin = running.states[0]
+            loss, _ = running.problem.gradient(begin.params, dict(begin.buffers), batches[0])
+            running.reference = float(loss)
+        return running, batches
+
+    @staticmethod
+    def _finite(running: Running) -> bool:
+        return all(bool(s.params.isfinite().all()) for s in running.states)
+
+
+class BackpropTruncated(_Truncated):
+    """Back-propagation through a window of the unrolled inner training (Andrychowicz et al. 2016).
+
+    Learns initial parameters too: the name ``init`` among the learned ones, in ``self.init``, [n].
+    """
+
+    def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> None:
+        super().__init__(source, config, meta_loss)
+        self.init: Tensor | None = None
+        self.options = UnrollOptions(
+            config.second_order, config.held_out, config.fixed_scale, config.checkpoint_segment
+        )
+
+    def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
+        running, batches = self._window(policy, slot, outer_step, 1, lambda _: self.init)
+        weights = {name: w.detach().requires_grad_(name in learned) for name, w in policy.weights().items()}
+        wanted = {name: w for name, w in weights.items() if name in learned}
+        state = running.states[0]
+        if "init" in learned and state.step == 0:
+            wanted["init"] = state.params.detach().requires_grad_()
+            state = state._replace(params=wanted["init"])
+        plan = running.plan
+        state, losses = unroll(weights, policy.config, running.problem, state, batches, plan.hyper, self.options)
+        meta_loss = self.meta_loss(losses, running.reference)
+        grads = torch.autograd.grad(meta_loss, list(wanted.values()), allow_unused=True)
+        gradient = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(wanted.items(), grads, strict=True)}
+        running.states = [state.detached()]
+        return Estimate(slot, plan.family, gradient, float(meta_loss.detach()), len(batches) - 1)
+
+
+def perturbation(policy: Policy, learned: Sequence[str], sigma: float, *seed: object) -> Weights:
+    """Gaussian noise of standard deviation ``sigma`` for the learned weights, from a seed."""
+    rng = torch.Generator().manual_seed(seed_of("noise", *seed))
+    return {n: torch.randn(w.shape, generator=rng) * sigma for n, w in policy.weights().items() if n in learned}
+
+
+def shifted(weights: Mapping[str, Tensor], noise: Weights, sign: float) -> Weights:
+    """Weights plus ``sign`` times noise, free of graphs."""
+    return {n: w.detach() + sign * noise[n].to(w) if n in noise else w.detach() for n, w in weights.items()}
+
+
+class PES(_Truncated):
+    """Persistent evolution strategies: each of an antithetic pair keeps the sum of its perturbations so far."""
+
+    def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
+        running, batches = self._window(policy, slot, outer_step, 2, lambda _: None)
+        sigma, plan = self.config.sigma, running.plan
+        noise = perturbation(policy, learned, sigma, self.config.seed, slot, outer_step)
+        for name, value in noise.items():
+            running.accumulated[name] = running.accumulated.get(name, torch.zeros_like(value)) + value
+        values = []
+        with torch.no_grad():
+            for i, sign in enumerate((1.0, -1.0)):
+                weights = shifted(policy.weights(), noise, sign)
+                state, losses = unroll(weights, policy.config, running.problem, running.states[i], batches, plan.hyper)
+                running.states[i] = state.detached()
+                values.append(float(self.meta_loss(losses, running.reference)))
+        factor = (values[0] - values[1]) / (2.0 * sigma**2)
+        gradient = {name: factor * total for name, total in running.accumulated.items()}
+        return Estimate(slot, plan.family, gradient, sum(values) / 2, len(batches) - 1)
+
+
+class ES:
+    """Antithetic evolution strategies over whole trajectories, with common random numbers.
+
+    Both runs of a pair see the same task, initial parameters and batches. What is compared is the log-loss, smoothed,
+    at half time and at the end, in units of the pair's own progress: a difference of log-losses over the slope of the
+    log-loss against the logarithm of time is a log-speedup, and alike for tasks of unlike losses. Each is clipped to
+    +-3, so that a divergence counts as slow and not as infinite.
+
+    With ``meta_loss`` other than ``None``, that function of the losses L_1 .. L_T is compared instead.
+    """
+
+    #: Slope below which a task counts as standing still: its differences are not blown up beyond this.
+    MIN_SLOPE = 0.1
+    BOUND = 3.0
+
+    def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn | None = None) -> None:
+        self.source, self.config, self.meta_loss = source, config, meta_loss
+        self.running: dict[int, Running] = {}
+
+    def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
+        plan = self.source.draw(slot, outer_step)
+        sigma = self.config.sigma
+        noise = perturbation(policy, learned, sigma, self.config.seed, slot, outer_step)
+        curves = []
+        for sign in (1.0, -1.0):
+            moved = with_weights(policy, shifted(policy.weights(), noise, sign))
+            curves.append(run_plan(moved, plan, plan.length + (self.meta_loss is not None)))
+        if self.meta_loss is None:
+            difference = self.log_slowness(*curves)
+            meta_loss = sum(_log(smoothed(c.losses, plan.length)) for c in curves) / 2
+        else:
+            first, second = (float(self.meta_loss(torch.tensor(c.losses[1:]), c.losses[0])) for c in curves)
+            difference, meta_loss = first - second, (first + second) / 2
+        gradient = {name: value * (difference / (2.0 * sigma**2)) for name, value in noise.items()}
+        return Estimate(slot, plan.family, gradient, meta_loss, 2 * plan.length)
+
+    @classmethod
+    def log_slowness(cls, first: Curve, second: Curve) -> float:
+        """By how much ``first`` is slower than ``second``, as a difference of the logarithms of time."""
+        length = len(first.losses)
+        half, quarter = max(1, length // 2), max(1, length // 4)
+        logs = [[_log(smoothed(c.losses, end)) for end in (quarter, half, length)] for c in (first, second)]
+        total = 0.0
+        for i in (1, 2):
+            finite = [row for row in logs if math.isfinite(row[i])]
+            drops = [(row[i - 1] - row[i]) / math.log(2.0) for row in finite if math.isfinite(row[i - 1])]
+            slope = max(sum(drops) / len(drops) if drops else 0.0, cls.MIN_SLOPE)
+            a, b = logs[0][i], logs[1][i]
+            value = (
+                0.0 if not finite else cls.BOUND * math.copysign(1.0, a - b) if len(finite) == 1 else (a - b) / slope
+            )
+            total += min(max(value, -cls.BOUND), cls.BOUND)
+        return total / 2
+
+
+def _log(loss: float) -> float:
+    return math.log(max(loss, 1e-10)) if math.isfinite(loss) else math.inf
+
+
+def with_weights(policy: Policy, weights: Weights) -> Policy:
+    """A policy of the same configuration with other weights."""
+    other = Policy(policy.config, source=policy.source)
+    other.load_state_dict({name: w.detach() for name, w in weights.items()})
+    return other
+
+
+def run_plan(policy: Policy, plan, steps: int) -> Curve:
+    """Train a planned task with the optimizer itself."""
+    hyper = plan.hyper
+    return train(
+        plan.task, plan.seed,
+        lambda params: LearnedOptimizer(params, lr=hyper.lr, weight_decay=hyper.weight_decay, policy=policy),
+        steps,
+    )  # fmt: skip
+
+
+def combine_by_inverse_variance(groups: Sequence[Sequence[Weights]]) -> Weights:
+    """Mix several estimators' gradients, coordinate by coordinate, by the inverse variance of their means.
+
+    Args:
+        groups: for each estimator, its gradients over the meta-batch (at least two, to have a variance).
+
+    Returns:
+        The mixture, by meta-parameter (Metz et al. 2019, "Understanding and correcting pathologies ...").
+    """
+    if any(len(group) < 2 for group in groups):
+        raise ValueError("mixing by inverse variance needs at least two estimates of each estimator")
+    mixed: Weights = {}
+    for name in groups[0][0]:
+        stacks = [torch.stack([gradient[name] for gradient in group]) for group in groups]
+        precisions = [len(s) / s.var(0).clamp(min=1e-20) for s in stacks]
+        total = torch.stack(precisions).sum(0)
+        means = torch.stack([s.mean(0) * p for s, p in zip(stacks, precisions, strict=True)])
+        mixed[name] = means.sum(0) / total
+    return mixed
+
+
+def make_estimator(source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> GradientEstimator:
+    """The estimator that the configuration names."""
+    if config.estimator == "backprop":
+        return BackpropTruncated(source, config, meta_loss)
+    if config.estimator == "pes":
+        return PES(source, config, meta_loss)
+    return ES(source, config)

@@ -1,0 +1,359 @@
+"""The outer loop: estimate the meta-gradient, step the meta-optimizer, validate, save."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.hub import save_policy
+from learned_optim.meta_train import distributed
+from learned_optim.meta_train.checkpoint import RunFolder
+from learned_optim.meta_train.combine import Combiner
+from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.meta_train.estimators import BackpropTruncated, Estimate, make_estimator, with_weights
+from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
+from learned_optim.meta_train.problem import Problem
+from learned_optim.meta_train.progress import Progress
+from learned_optim.meta_train.trajectories import Running, TaskSource
+from learned_optim.meta_train.validation import mean_difference, validate
+from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.policy import PARTS, Policy, PolicyConfig
+from learned_optim.tasks import TaskFamily, check_task, get_families
+from learned_optim.tasks.base import Task
+
+
+class MetaTrainResult(NamedTuple):
+    """What a run leaves behind."""
+
+    policy: Policy  #: the best by validation; the last one where there is no validation
+    last: Policy  #: after the last outer step
+    history: list[dict[str, Any]]  #: a dict per outer step, as in ``metrics.jsonl``
+    init: dict[str, Tensor] | None  #: learned initial parameters of the optimizee, by name
+    stopped_by: int | None  #: number of the signal that ended the run early
+
+
+def meta_train(
+    config: MetaTrainConfig,
+    tasks: Sequence[Task | TaskFamily] | None = None,
+    *,
+    validation: Sequence[Task | TaskFamily] | None = None,
+    start: Policy | None = None,
+    meta_loss: MetaLossFn | None = None,
+    out: str | Path | None = None,
+    resume: bool = False,
+    show_progress: bool | None = None,
+) -> MetaTrainResult:
+    """Meta-train a policy.
+
+    Args:
+        config: everything that decides the result.
+        tasks: tasks or families to train on; ``None`` takes ``config.tasks`` from the zoo. A single task varies by
+            its seed: initial parameters and batches.
+        validation: tasks or families to validate on; ``None`` takes ``tasks`` (on seeds of their own) where those
+            are given, and ``config.validation_tasks`` otherwise.
+        start: policy to start from; ``None`` takes ``config.start``.
+        meta_loss: ``(losses [T], reference) -> scalar`` in place of ``config.meta_loss`` (backprop, pes).
+        out: folder for checkpoints, metrics and the resulting policies; ``None`` writes nothing.
+        resume: continue the run in ``out``; with no checkpoint there, start from the beginning.
+        show_progress: ``None`` shows a progress bar on terminals.
+
+    Returns:
+        The policy with what led to it. On SIGINT or SIGTERM the outer step is finished and saved, and
+        ``stopped_by`` says which signal it was.
+
+    Raises:
+        ValueError: settings that do not fit together, or an unsound task, named; nothing has been run then.
+        FileExistsError: ``out`` holds a run, and ``resume`` is false.
+        RuntimeError: a task raised in the middle of the run (named), unless ``config.keep_going``.
+    """
+    families = get_families(config.tasks) if tasks is None else list(tasks)
+    if validation is None:
+        validation = get_families(config.validation_tasks) if tasks is None else families
+    for task in (t for t in (*families, *validation) if not isinstance(t, TaskFamily)):
+        check_task(task)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(config.threads)
+    try:
+        with distributed.process_group():
+            run = _Run(config, families, validation, start or _start(config), meta_loss)
+            folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
+            try:
+                return run.run(folder, resume, show_progress)
+            finally:
+                if folder is not None:
+                    folder.close()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _start(config: MetaTrainConfig) -> Policy:
+    if config.start == "new":
+        return Policy(PolicyConfig())
+    if config.start == "gru":
+        return Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(config.seed))
+    return Policy.from_pretrained(config.start)
+
+
+class _Run:
+    """A run under way: the meta-parameters and all that a checkpoint holds."""
+
+    def __init__(
+        self,
+        config: MetaTrainConfig,
+        families: Sequence[Task | TaskFamily],
+        validation: Sequence[Task | TaskFamily],
+        start: Policy,
+        meta_loss: MetaLossFn | None,
+    ) -> None:
+        self.config, self.families, self.validation = config, families, validation
+        self.policy = with_weights(start, start.weights())
+        self.policy.source = "meta-trained"
+        self.source = TaskSource(families, config, start.config)
+        self.estimator = make_estimator(self.source, config, meta_loss or META_LOSSES[config.meta_loss])
+        self.combiner = Combiner(config.clip, by_family=config.estimator != "es")
+        self.learned = self._learned_names()
+        self.init: torch.nn.Parameter | None = None
+        self.init_problem: Problem | None = None
+        if config.learn != "policy":
+            self.init_problem = Problem(self.source.draw(0, 0).task, config.seed)
+            self.init = torch.nn.Parameter(self.init_problem.start(start.config).params)
+        weights = self.policy.weights()
+        params = [weights[n] if n != "init" else self.init for n in self.learned]
+        self.meta_optimizer = _meta_optimizer(config, [p for p in params if p is not None])
+        self.outer_step = 0
+        self.inner_steps = 0
+        self.seconds = 0.0
+        self.before: dict[str, float] = {}  #: validation of the start
+        self.best_value = 0.0  #: change of validation's mean log-loss against the start; lower is better
+        self.best = self._copy()
+        self.stale = 0  #: validations since the best one
+        self.failures: dict[str, int] = {}
+        self.start_source = start.source
+
+    def _learned_names(self) -> list[str]:
+        present = self.policy.weights()
+        parts = self.config.parts or tuple(PARTS)
+        names = [n for part in parts for n in PARTS[part] if n in present]
+        if self.config.learn == "init":
+            return ["init"]
+        if not names:
+            raise ValueError(f"the policy (cell {self.policy.config.cell!r}) has none of the parts {parts}")
+        return [*names, "init"] if self.config.learn == "both" else names
+
+    def run(self, folder: RunFolder | None, resume: bool, show_progress: bool | None) -> MetaTrainResult:
+        config = self.config
+        history: list[dict[str, Any]] = []
+        saved = folder.load(config) if folder is not None and resume else None
+        saved = distributed.from_first(saved)
+        if saved is not None:
+            self._restore(saved)
+        if folder is not None:
+            folder.start(config)
+            history = folder.rewind(self.outer_step)
+        first = distributed.rank() == 0
+        bar = Progress(config.outer_steps, self.outer_step, folder.path if folder else None,
+                       show_progress if first else False)  # fmt: skip
+        with _signals() as received:
+            try:
+                stop = None
+                if saved is None and config.validate_every:
+                    self.before = validate(self.policy, self.validation, config)
+                while self.outer_step < config.outer_steps and stop is None:
+                    metrics = self._outer_step()
+                    history.append(metrics)
+                    if folder is not None:
+                        folder.log(metrics)
+                    bar.update(metrics)
+                    caught = [s for s in distributed.gather(list(received)) if s]
+                    stop = caught[0] if caught else None
+                    impatient = config.patience > 0 and self.stale >= config.patience
+                    ends = stop is not None or impatient or self.outer_step == config.outer_steps
+                    if ends or self.outer_step % config.save_every == 0:
+                        self._save(folder)
+                    if impatient:
+                        break
+            finally:
+                bar.close()
+        last = self._copy()
+        if not config.validate_every:
+            self.best = last
+        if folder is not None:
+            self._write(folder, "best", self.best)
+            self._write(folder, "final", last)
+        policy, init = self.best
+        return MetaTrainResult(policy, last[0], history, init, stop)
+
+    def _outer_step(self) -> dict[str, Any]:
+        begun = time.perf_counter()
+        config = self.config
+        if isinstance(self.estimator, BackpropTruncated) and self.init is not None:
+            self.estimator.init = self.init.detach().clone()
+        estimates: list[Estimate] = []
+        failed: list[str] = []
+        for slot in distributed.mine(config.meta_batch):
+            try:
+                estimates.append(self.estimator.estimate(self.policy, self.learned, slot, self.outer_step))
+            except Exception as error:
+                running = self.estimator.running.pop(slot, None)
+                name = running.plan.task.name if running else self.source.draw(slot, self.outer_step).task.name
+                if not config.keep_going:
+                    raise RuntimeError(
+                        f"task {name!r} raised at outer step {self.outer_step}: {type(error).__name__}: {error}"
+                    ) from error
+                failed.append(name)
+        estimates = sorted(distributed.gather(estimates), key=lambda e: e.slot)
+        for name in distributed.gather(failed):
+            self.failures[name] = self.failures.get(name, 0) + 1
+        gradient = self.combiner(estimates, self.learned)
+        self._apply(gradient)
+        self.inner_steps += sum(e.inner_steps for e in estimates)
+        metrics: dict[str, Any] = {
+            "outer_step": self.outer_step,
+            "meta_loss": sum(e.meta_loss for e in estimates) / max(len(estimates), 1),
+            "gradient_norm": sum(float(g.square().sum()) for g in gradient.values()) ** 0.5,
+            "inner_steps": self.inner_steps,
+            "dropped": self.combiner.dropped,
+            "clipped": self.combiner.clipped,
+            "families": {e.family: round(e.meta_loss, 6) for e in estimates},
+        }
+        if self.failures:
+            metrics["failures"] = dict(self.failures)
+        self.outer_step += 1
+        if config.validate_every and self.outer_step % config.validate_every == 0:
+            metrics["validation"] = self._validate()
+        self.seconds += time.perf_counter() - begun
+        metrics["seconds"] = round(self.seconds, 3)
+        return metrics
+
+    def _apply(self, gradient: dict[str, Tensor]) -> None:
+        weights = self.policy.weights()
+        for name in self.learned:
+            target = self.init if name == "init" else weights[name]
+            if target is not None:
+                target.grad = gradient.get(name)
+        self.meta_optimizer.step()
+
+    def _validate(self) -> float:
+        """Change of the mean log-loss on the validation tasks against the start; keeps the policy if it is the best."""
+        value = mean_difference(validate(self.policy, self.validation, self.config), self.before)
+        if value < self.best_value:
+            self.best_value, self.best, self.stale = value, self._copy(), 0
+        else:
+            self.stale += 1
+        return value
+
+    def _copy(self) -> tuple[Policy, dict[str, Tensor] | None]:
+        init = None
+        if self.init is not None and self.init_problem is not None:
+            init = {n: t.clone() for n, t in self.init_problem.views(self.init.detach()).items()}
+        return with_weights(self.policy, self.policy.weights()), init
+
+    def _write(self, folder: RunFolder, name: str, what: tuple[Policy, dict[str, Tensor] | None]) -> None:
+        policy, init = what
+        config = self.config
+        training = {
+            "method": config.estimator,
+            "start": self.start_source,
+            "tasks": sorted(family.name for family in self.families),
+            "outer_steps": self.outer_step,
+            "inner_steps": self.inner_steps,
+            "core_hours": round(self.seconds * distributed.world_size() / 3600, 4),
+            "seeds": [config.seed],
+            "settings": config.to_dict(),
+        }
+        results = {"training": training}
+        if config.validate_every:
+            results["validation"] = {
+                "tasks": sorted(self.before),
+                "mean_log_loss_change": self.best_value if name == "best" else None,
+            }
+        save_policy(policy, folder.path / name, results=results)
+        if init is not None:
+            from safetensors.torch import save_file
+
+            save_file({k: v.contiguous() for k, v in init.items()}, folder.path / name / "init.safetensors")
+
+    def _save(self, folder: RunFolder | None) -> None:
+        running = distributed.gather([r.saved() for r in self.estimator.running.values()])
+        if folder is None:
+            return
+        best, best_init = self.best
+        folder.save(
+            {
+                "config": self.config.to_dict(),
+                "outer_step": self.outer_step,
+                "inner_steps": self.inner_steps,
+                "seconds": self.seconds,
+                "policy_config": self.policy.config.to_dict(),
+                "weights": {n: w.detach().clone() for n, w in self.policy.weights().items()},
+                "init": None if self.init is None else self.init.detach().clone(),
+                "best": {n: w.detach().clone() for n, w in best.weights().items()},
+                "best_init": best_init,
+                "best_value": self.best_value,
+                "before": self.before,
+                "stale": self.stale,
+                "failures": self.failures,
+                "meta_optimizer": self.meta_optimizer.state_dict(),
+                "combiner": self.combiner.state(),
+                "running": running,
+            }
+        )
+        self._write(folder, "best", self.best)
+
+    def _restore(self, saved: dict[str, Any]) -> None:
+        if PolicyConfig.from_dict(saved["policy_config"]) != self.policy.config:
+            raise ValueError("the checkpoint holds a policy of another architecture than the one to start from")
+        self.policy.load_state_dict(saved["weights"])
+        if self.init is not None:
+            with torch.no_grad():
+                self.init.copy_(saved["init"])
+        self.best = (with_weights(self.policy, saved["best"]), saved["best_init"])
+        for name in ("outer_step", "inner_steps", "seconds", "best_value", "before", "stale", "failures"):
+            setattr(self, name, saved[name])
+        self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
+        self.combiner.load(saved["combiner"])
+        mine = set(distributed.mine(self.config.meta_batch))
+        running = (Running.restored(r, self.source) for r in saved["running"] if r["slot"] in mine)
+        self.estimator.running.update({r.slot: r for r in running})
+
+
+def _meta_optimizer(config: MetaTrainConfig, params: list[Tensor]) -> torch.optim.Optimizer:
+    if config.meta_optimizer == "LearnedOptimizer":
+        return LearnedOptimizer(params, lr=config.meta_lr, weight_decay=0.0)
+    known = {name: cls for name, cls in vars(torch.optim).items() if isinstance(cls, type)}
+    cls = known.get(config.meta_optimizer)
+    if cls is None or not issubclass(cls, torch.optim.Optimizer):
+        names = sorted(n for n, c in known.items() if issubclass(c, torch.optim.Optimizer) and n != "Optimizer")
+        raise ValueError(
+            f"unknown meta_optimizer {config.meta_optimizer!r}; known are LearnedOptimizer, {', '.join(names)}"
+        )
+    return cls(params, lr=config.meta_lr)  # pyright: ignore[reportCallIssue]
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM for the body instead of letting them end it; a second SIGINT interrupts at once."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+
+    def note(number: int, frame: Any) -> None:
+        if received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

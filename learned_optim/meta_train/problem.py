@@ -1,0 +1,109 @@
+"""A task seen as the unroll sees it: parameters in one vector, batches that can be drawn again."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.cells import CoordinateState
+from learned_optim.coordinates import Segments
+from learned_optim.policy import PolicyConfig
+from learned_optim.tasks.base import Task, Tensors
+from learned_optim.update_rule import initial_state
+
+
+class InnerState(NamedTuple):
+    """All that an inner run carries from one step to the next."""
+
+    params: Tensor  #: [n]
+    planes: CoordinateState  #: [n] each
+    cosine: Tensor  #: [2, K]
+    step: int  #: inner steps made
+    buffers: Tensors
+
+    def detached(self) -> InnerState:
+        """The same values, cut off from their graph: what is carried over a truncation."""
+        planes = CoordinateState(
+            self.planes.exp_avg.detach(), self.planes.exp_avg_sq.detach(), tuple(h.detach() for h in self.planes.hidden)
+        )
+        buffers = {name: b.detach().clone() for name, b in self.buffers.items()}
+        return InnerState(self.params.detach(), planes, self.cosine.detach(), self.step, buffers)
+
+
+class Problem:
+    """One task with the names, shapes and places of its parameters in a vector.
+
+    Args:
+        task: what is trained.
+        seed: of its initial parameters and its batches.
+    """
+
+    def __init__(self, task: Task, seed: int) -> None:
+        self.task, self.seed = task, seed
+        params, buffers = task.init(torch.Generator().manual_seed(seed))
+        self.names = list(params)
+        self.shapes = [p.shape for p in params.values()]
+        self.sizes = [math.prod(shape) for shape in self.shapes]
+        self.layout = Segments(self.shapes)
+        self._params, self._buffers = params, buffers
+
+    def start(self, config: PolicyConfig, params: Tensor | None = None) -> InnerState:
+        """The state before the first step.
+
+        Args:
+            params: [n], in place of the task's own initial parameters.
+        """
+        vector = self.flatten(self._params) if params is None else params
+        planes, cosine = initial_state(config, vector.detach(), len(self.shapes))
+        return InnerState(vector, planes, cosine, 0, {k: b.clone() for k, b in self._buffers.items()})
+
+    def flatten(self, params: Tensors) -> Tensor:
+        """Named tensors -> [n]."""
+        return torch.cat([params[name].reshape(-1) for name in self.names])
+
+    def views(self, vector: Tensor) -> Tensors:
+        """[n] -> named tensors that share its memory and its graph."""
+        pieces = vector.split(self.sizes)
+        return {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def batches(self, skip: int = 0) -> Iterator[Any]:
+        """The task's batches, from number ``skip`` on."""
+        return islice(self.task.batches(torch.Generator().manual_seed(self.seed + 1)), skip, None)
+
+    def gradient(
+        self, params: Tensor, buffers: Tensors, batch: Any, create_graph: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Loss and its gradient [n] at ``params``; buffers move. Without ``create_graph`` both are free of graphs."""
+        with torch.enable_grad():
+            tensors = self.views(params if params.requires_grad else params.detach().requires_grad_())
+            if not create_graph:
+                tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
+            loss = self.task.loss(tensors, buffers, batch)
+            grads = torch.autograd.grad(loss, list(tensors.values()), create_graph=create_graph, allow_unused=True)
+        flat = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors.values(), strict=True)]
+        vector = torch.cat([g.reshape(-1) for g in flat])
+        return (loss, vector) if create_graph else (loss.detach(), vector)
+
+    def held_out(self, params: Tensor, buffers: Tensors, create_graph: bool = False) -> tuple[Tensor, Tensor]:
+        """Like :meth:`gradient`, on the task's held-out data."""
+        return Problem.gradient(_HeldOut(self), params, buffers, None, create_graph)  # pyright: ignore[reportArgumentType]
+
+
+class _HeldOut:
+    """A problem whose loss is the held-out one."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.views = problem.views
+        self.task = self
+        self._eval_loss = getattr(problem.task, "eval_loss", None)
+        self._name = problem.task.name
+
+    def loss(self, params: Tensors, buffers: Tensors, batch: Any) -> Tensor:
+        if self._eval_loss is None:
+            raise ValueError(f"task {self._name!r} has no held-out data: set held_out=False or give it eval_loss")
+        return self._eval_loss(params, buffers)

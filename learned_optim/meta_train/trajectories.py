@@ -1,0 +1,116 @@
+"""Where trajectories come from: which task, which seed, which length, which learning rate. All from counters."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.meta_train.problem import InnerState, Problem
+from learned_optim.policy import PolicyConfig
+from learned_optim.tasks import TaskFamily, augment
+from learned_optim.tasks.base import Task
+
+
+def seed_of(*parts: Any) -> int:
+    """A seed below 2^31 from any values; the same in every process and on every machine."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()[:4], "big") >> 1
+
+
+class Plan(NamedTuple):
+    """One trajectory to be run."""
+
+    family: str
+    task: Task
+    seed: int  #: of its initial parameters and batches
+    length: int
+    hyper: Hyperparameters
+
+
+class TaskSource:
+    """Draws trajectories: the one of given numbers is always the same.
+
+    Args:
+        families: families of tasks, or tasks; a task is its own family, of which only the seed varies.
+        config: lengths, curriculum, learning rates, augmentation, seed.
+        policy: betas and eps of the inner steps.
+    """
+
+    def __init__(self, families: Sequence[TaskFamily | Task], config: MetaTrainConfig, policy: PolicyConfig) -> None:
+        self.families, self.config, self.policy = list(families), config, policy
+
+    def draw(self, slot: int, outer_step: int) -> Plan:
+        """The trajectory that a slot of the meta-batch begins at an outer step."""
+        config = self.config
+        rng = random.Random(seed_of(config.seed, slot, outer_step))
+        # Consecutive draws walk through a shuffled list, so that no family waits long for its turn.
+        position = slot + outer_step * config.meta_batch
+        turn, index = divmod(position, len(self.families))
+        order = random.Random(seed_of(config.seed, "order", turn)).sample(range(len(self.families)), len(self.families))
+        family = self.families[order[index]]
+        task = family.task(rng.randrange(10_000)) if isinstance(family, TaskFamily) else family
+        if rng.random() < config.augment:
+            task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)))
+        spread = math.log(config.inner_lr_spread)
+        lr = config.inner_lr * math.exp(rng.uniform(-spread, spread))
+        hyper = Hyperparameters(lr, *self.policy.betas, self.policy.eps, config.inner_weight_decay)
+        return Plan(family.name, task, rng.randrange(2**31), self._length(task.length, outer_step), hyper)
+
+    def _length(self, wanted: int, outer_step: int) -> int:
+        if not self.config.max_length:
+            return wanted
+        grown = min(1.0, 0.25 + 0.75 * outer_step / self.config.curriculum) if self.config.curriculum else 1.0
+        return min(wanted, max(2, round(self.config.max_length * grown)))
+
+
+class Running:
+    """A trajectory under way in a slot of the meta-batch."""
+
+    def __init__(self, slot: int, plan: Plan, begun_at: int) -> None:
+        self.slot, self.plan, self.begun_at = slot, plan, begun_at
+        self.problem = Problem(plan.task, plan.seed)
+        self.states: list[InnerState] = []  #: one, or two antithetic ones
+        self.reference = math.nan  #: the loss at the trajectory's beginning
+        self.accumulated: dict[str, Tensor] = {}  #: sum of the perturbations so far (PES)
+        self._batches: Any = None
+        self._next: Any = None
+
+    @property
+    def step(self) -> int:
+        return self.states[0].step
+
+    def window(self, length: int) -> list[Any]:
+        """The next ``length`` batches and the one after, which the following window begins with."""
+        if self._batches is None:
+            self._batches = self.problem.batches(skip=self.step)
+            self._next = next(self._batches)
+        window = [self._next, *(next(self._batches) for _ in range(length))]
+        self._next = window[-1]
+        return window
+
+    def saved(self) -> dict[str, Any]:
+        """Plain values and tensors, from which :meth:`restored` continues bit for bit."""
+        states = [
+            {"params": s.params, "exp_avg": s.planes.exp_avg, "exp_avg_sq": s.planes.exp_avg_sq,
+             "hidden": list(s.planes.hidden), "cosine": s.cosine, "step": s.step, "buffers": dict(s.buffers)}
+            for s in self.states
+        ]  # fmt: skip
+        return {"slot": self.slot, "begun_at": self.begun_at, "states": states, "reference": self.reference,
+                "accumulated": dict(self.accumulated)}  # fmt: skip
+
+    @classmethod
+    def restored(cls, saved: dict[str, Any], source: TaskSource) -> Running:
+        plan = source.draw(saved["slot"], saved["begun_at"])
+        running = cls(saved["slot"], plan, saved["begun_at"])
+        for s in saved["states"]:
+            planes = CoordinateState(s["exp_avg"], s["exp_avg_sq"], tuple(s["hidden"]))
+            running.states.append(InnerState(s["params"], planes, s["cosine"], s["step"], s["buffers"]))
+        running.reference, running.accumulated = saved["reference"], saved["accumulated"]
+        return running

@@ -1,0 +1,185 @@
+"""Unrolled inner training: N inner steps as one differentiable function of the policy's weights.
+
+The inner steps are those of :func:`learned_optim.update_rule.update`, the same function that the optimizer runs.
+With gradient g_t at inner step t and meta-loss M(L_1, ..., L_T), L_t the loss after t steps, on the next batch:
+
+    first order   g_t enters detached. Then dL_t/dp_t *is* the inner gradient g_{t+1} of the step that follows, which
+                  is there anyway: no second forward pass, and only the chain of updates carries a graph.
+    second order  g_t keeps its graph: exact, by back-propagation through the inner back-propagation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.meta_train.problem import InnerState, Problem
+from learned_optim.policy import PolicyConfig
+from learned_optim.update_rule import update
+
+
+class UnrollOptions(NamedTuple):
+    """How a window is unrolled; see :class:`~learned_optim.meta_train.MetaTrainConfig`."""
+
+    second_order: bool = False
+    held_out: bool = False
+    fixed_scale: bool = False
+    segment: int = 0
+
+
+def unroll(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    problem: Problem,
+    state: InnerState,
+    batches: Sequence[Any],
+    hyper: Hyperparameters,
+    options: UnrollOptions = UnrollOptions(),
+) -> tuple[InnerState, Tensor]:
+    """T inner steps.
+
+    Args:
+        weights: the policy's; the meta-gradient flows to them, and to ``state.params`` where those require it.
+        config: the policy's.
+        problem: the task.
+        state: where the window begins; its buffers are left as they are.
+        batches: T + 1 of them: step t trains on number t - 1, the loss after T steps is taken on the last.
+        hyper: of the inner steps.
+        options: order of differentiation, held-out losses, checkpointing.
+
+    Returns:
+        The state after T steps (with its graph) and the losses L_1 .. L_T, [T], differentiable.
+    """
+    state = state._replace(buffers={name: b.clone() for name, b in state.buffers.items()})
+    length = len(batches) - 1
+    segment = options.segment or length
+    losses: list[Tensor] = []
+    for begin in range(0, length, segment):
+        part = batches[begin : min(begin + segment, length) + 1]
+        if options.segment:
+            state, part_losses = _recomputed(weights, config, problem, state, part, hyper, options)
+        else:
+            state, part_losses = _steps(weights, config, problem, state, part, hyper, options)
+        losses.append(part_losses)
+    return state, torch.cat(losses)
+
+
+def _steps(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    problem: Problem,
+    state: InnerState,
+    batches: Sequence[Any],
+    hyper: Hyperparameters,
+    options: UnrollOptions,
+) -> tuple[InnerState, Tensor]:
+    """The inner loop: gradient, update, gradient, update, ...; each gradient serves as the last loss's derivative."""
+    params, planes, cosine, step, buffers = state
+    losses = []
+    last = len(batches) - 1
+    for number, batch in enumerate(batches):
+        if number == last:
+            # The next window computes this gradient again, on its own buffers; here it gives the last loss.
+            buffers_after, buffers = buffers, {name: b.clone() for name, b in buffers.items()}
+        loss, grad = problem.gradient(params, buffers, batch, create_graph=options.second_order)
+        if number > 0:
+            losses.append(_meta_view(problem, params, buffers, loss, grad, options))
+        if number == last:
+            buffers = buffers_after  # pyright: ignore[reportPossiblyUnboundVariable]
+            break
+        step += 1
+        params, planes, cosine = update(
+            weights, config, problem.layout, params, grad, planes, cosine, float(step), hyper,
+            fixed_scale=options.fixed_scale,
+        )  # fmt: skip
+    return InnerState(params, planes, cosine, step, buffers), torch.stack(losses)
+
+
+def _meta_view(
+    problem: Problem, params: Tensor, buffers: dict[str, Tensor], loss: Tensor, grad: Tensor, options: UnrollOptions
+) -> Tensor:
+    """The loss as the meta-loss sees it: differentiable in the parameters, on training or on held-out data."""
+    if options.held_out:
+        loss, grad = problem.held_out(params, buffers, create_graph=options.second_order)
+    return loss if options.second_order else _KnownGradient.apply(params, loss, grad)  # pyright: ignore
+
+
+class _KnownGradient(torch.autograd.Function):
+    """A loss whose gradient with respect to the parameters has been computed already."""
+
+    @staticmethod
+    def forward(ctx: Any, params: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        ctx.save_for_backward(grad)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
+        (grad,) = ctx.saved_tensors
+        return output * grad, None, None
+
+
+def _recomputed(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    problem: Problem,
+    state: InnerState,
+    batches: Sequence[Any],
+    hyper: Hyperparameters,
+    options: UnrollOptions,
+) -> tuple[InnerState, Tensor]:
+    """:func:`_steps`, of which only the inputs are kept; the backward pass runs it again.
+
+    A segment of several steps is run again as segments of one step each, so that at any moment the graph of one
+    single step exists: T steps in segments of s keep T/s + s states.
+    """
+    names = list(weights)
+    after: list[tuple[int, dict[str, Tensor]]] = []
+
+    def run(tensors: Sequence[Tensor], recompute: bool) -> tuple[Tensor, ...]:
+        theta = dict(zip(names, tensors, strict=False))
+        params, cosine, exp_avg, exp_avg_sq, *hidden = tensors[len(names) :]
+        planes = CoordinateState(exp_avg, exp_avg_sq, tuple(hidden))
+        begin = InnerState(params, planes, cosine, state.step, {k: b.clone() for k, b in state.buffers.items()})
+        if recompute and len(batches) > 2:
+            end, losses = unroll(theta, config, problem, begin, batches, hyper, options._replace(segment=1))
+        else:
+            end, losses = _steps(theta, config, problem, begin, batches, hyper, options)
+        if not after:
+            after.append((end.step, end.buffers))
+        return losses, end.params, end.cosine, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden
+
+    planes = state.planes
+    inputs = (state.params, state.cosine, planes.exp_avg, planes.exp_avg_sq, *planes.hidden)
+    losses, params, cosine, exp_avg, exp_avg_sq, *hidden = _Recompute.apply(run, *weights.values(), *inputs)  # pyright: ignore
+    step, buffers = after[0]
+    return InnerState(params, CoordinateState(exp_avg, exp_avg_sq, tuple(hidden)), cosine, step, buffers), losses
+
+
+class _Recompute(torch.autograd.Function):
+    """Gradient checkpointing for functions that call ``autograd.grad`` themselves.
+
+    ``torch.utils.checkpoint`` cannot serve here: its saved-tensor hooks would see the inner back-propagation too and
+    recompute the segment within itself.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, run: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.run = run
+        ctx.save_for_backward(*tensors)
+        with torch.no_grad():
+            return run([t.detach() for t in tensors], recompute=False)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> tuple[Tensor | None, ...]:  # pyright: ignore
+        inputs = [t.detach().requires_grad_(need) for t, need in
+                  zip(ctx.saved_tensors, ctx.needs_input_grad[1:], strict=True)]  # fmt: skip
+        with torch.enable_grad():
+            results = ctx.run(inputs, recompute=True)
+        pairs = [(r, o) for r, o in zip(results, outputs, strict=True) if r.requires_grad]
+        wanted = [t for t in inputs if t.requires_grad]
+        grads = iter(torch.autograd.grad([r for r, _ in pairs], wanted, [o for _, o in pairs], allow_unused=True))
+        return None, *(next(grads) if t.requires_grad else None for t in inputs)
