@@ -27,6 +27,9 @@ SMALL = 1 << 15
 CHUNK = 1 << 16
 #: Padding of small tensors: a multiple of every SIMD vector's length.
 ALIGN = 64
+#: Per-tensor numbers are computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors
+#: again, so that a tensor's bits do not depend on how many tensors are run with it.
+COLUMNS = 16
 
 
 class Job(NamedTuple):
@@ -59,7 +62,8 @@ def _whole(shape: torch.Size, device: torch.device) -> Whole:
 
 @lru_cache(maxsize=256)
 def _segments(shapes: tuple[torch.Size, ...], device: torch.device) -> Segments:
-    return Segments(shapes, align=ALIGN, device=device)
+    padding = -len(shapes) % COLUMNS
+    return Segments((*shapes, *[torch.Size((0,))] * padding), align=ALIGN, device=device)
 
 
 class EagerBackend:
@@ -117,12 +121,13 @@ class EagerBackend:
         layout = _segments(tuple(job.param.shape for job in batch), device)
         tensors = [(job.param, job.grad, *job.planes) for job in batch]
         vectors = torch.zeros(len(tensors[0]), sum(layout.sizes), dtype=dtype, device=device)
-        views = [[_like(piece, job.param) for piece, job in zip(vector.split(layout.sizes), batch, strict=True)]
-                 for vector in vectors]  # fmt: skip
+        views = [_pieces(vector, layout, batch) for vector in vectors]
         for vector_views, sources in zip(views, zip(*tensors, strict=True), strict=True):
             _copy_all(vector_views, list(sources))
         p, g, m, v, *h = vectors.unbind()
-        cosine = torch.stack([torch.stack([job.cosine[i] for job in batch]) for i in range(2)])
+        cosine = vectors.new_zeros(2, len(layout.sizes))
+        for i in range(2):
+            _copy_all(list(cosine[i].unbind()[: len(batch)]), [job.cosine[i] for job in batch])
         state = CoordinateState(m, v, tuple(h))
         now = update_rule.step_numbers(first.step, hyper)
         sums = update_rule.measure(layout, p, g, state, now)
@@ -131,10 +136,9 @@ class EagerBackend:
         new_p, new_state = update_rule.apply(self.numbers, self.config, coeff, p, g, state, now)
         written = (new_p, new_state.exp_avg, new_state.exp_avg_sq, *new_state.hidden)
         for vector, targets in zip(written, zip(*((t[0], *t[2:]) for t in tensors), strict=True), strict=True):
-            pieces = [_like(piece, job.param) for piece, job in zip(vector.split(layout.sizes), batch, strict=True)]
-            _copy_all(list(targets), pieces)
+            _copy_all(list(targets), _pieces(vector, layout, batch))
         for i in range(2):
-            _copy_all([job.cosine[i] for job in batch], list(cosine[i].unbind()))
+            _copy_all([job.cosine[i] for job in batch], list(cosine[i].unbind()[: len(batch)]))
 
 
 def _write(chunk: tuple[Tensor, ...], new: tuple[Tensor, CoordinateState]) -> None:
@@ -161,9 +165,10 @@ def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
         yield batch
 
 
-def _like(piece: Tensor, param: Tensor) -> Tensor:
-    """The first coordinates of a padded piece, shaped like the parameter."""
-    return piece[: param.numel()].view(param.shape)
+def _pieces(vector: Tensor, layout: Segments, batch: list[Job]) -> list[Tensor]:
+    """The jobs' coordinates in a padded vector, each shaped like its parameter."""
+    pieces = vector.split(layout.sizes)[: len(batch)]
+    return [piece[: job.param.numel()].view(job.param.shape) for piece, job in zip(pieces, batch, strict=True)]
 
 
 class _flat:

@@ -38,6 +38,8 @@ class StepNumbers(NamedTuple):
 def step_numbers(step: Spread, hyper: Hyperparameters) -> StepNumbers:
     """The numbers of step t >= 1."""
     lr, beta1, beta2, eps, weight_decay = hyper
+    # With eps = 0 a gradient that was always zero would be 0 / 0.
+    eps = eps.clamp(min=1e-20) if isinstance(eps, Tensor) else max(eps, 1e-20)
     return StepNumbers(
         lr, 1.0 - lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5, 1.0 / step
     )
@@ -124,11 +126,13 @@ def gru_cell(
 def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
     """Rows of ``weights`` [R, I] times I planes [n] -> R planes; one product, or a chain where weights are numbers."""
     if isinstance(weights, Tensor) and not torch.compiler.is_compiling():
-        return list((weights @ torch.stack(planes)).unbind())
+        stacked = torch.stack(planes)
+        return list((weights.to(stacked.dtype) @ stacked).unbind())
     out = []
     for row in weights:
         if isinstance(row, Tensor) and not torch.compiler.is_compiling():
-            out.append(row @ torch.stack(planes))
+            stacked = torch.stack(planes)
+            out.append(row.to(stacked.dtype) @ stacked)
             continue
         total = row[0] * planes[0]
         for i in range(1, len(planes)):

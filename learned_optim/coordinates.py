@@ -72,7 +72,7 @@ class Whole:
 
 
 class Segments:
-    """K tensors side by side, each padded with zeros to a multiple of ``align`` coordinates.
+    """K tensors side by side, each padded to a multiple of ``align`` coordinates; sums leave the padding out.
 
     Args:
         shapes: of the parameters, in order.
@@ -84,6 +84,7 @@ class Segments:
     def __init__(self, shapes: Sequence[Sequence[int]], align: int = 1, device: torch.device | str = "cpu") -> None:
         sizes = [math.prod(shape) for shape in shapes]
         self.sizes = [-(-size // align) * align for size in sizes]
+        self._parts = [n for size, padded in zip(sizes, self.sizes, strict=True) for n in (size, padded - size)]
         self.numel = torch.tensor([float(max(s, 1)) for s in sizes], dtype=torch.float64, device=device)
         context = [tensor_shape_context(shape) for shape in shapes]
         self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).T.contiguous()
@@ -91,10 +92,13 @@ class Segments:
         self.owner = owner.to(device)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([torch.dot(a, b) for a, b in zip(x.split(self.sizes), y.split(self.sizes), strict=True)])
+        return torch.stack([torch.dot(a, b) for a, b in zip(self._tensors(x), self._tensors(y), strict=True)])
 
     def total(self, x: Tensor) -> Tensor:
-        return torch.stack([a.sum() for a in x.split(self.sizes)])
+        return torch.stack([a.sum() for a in self._tensors(x)])
 
     def spread(self, values: Tensor) -> Sequence[Spread]:
         return values.index_select(1, self.owner).unbind()
+
+    def _tensors(self, x: Tensor) -> tuple[Tensor, ...]:
+        return x.split(self._parts)[::2]

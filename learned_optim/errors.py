@@ -39,3 +39,7 @@ class HubPermissionError(PolicyError, PermissionError):
 
 class HubConnectionError(PolicyError, ConnectionError):
     """The Hub could not be reached, or did not answer properly; trying again may help."""
+
+
+class CachedPolicyWarning(UserWarning):
+    """The Hub could not be asked, so the policy in the cache is used; the message names its commit."""

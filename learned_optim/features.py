@@ -105,13 +105,15 @@ def coordinate_features(config: PolicyConfig, n_b: Tensor, n_h: Tensor, n_u: Ten
     """
     bound = config.feature_bound
     n_b, n_h, n_u, n_p = (n.clamp(-bound, bound) for n in (n_b, n_h, n_u, n_p))
+    # Averages of u are odd, as b and u are, but a GRU's hidden units are even: so must be what they are multiplied by.
+    by_b, by_u = (n_b.abs(), n_u.abs()) if config.cell == "gru" else (n_b, n_u)
     table = {
         "abs_b": lambda: n_b.abs(),
         "abs_h": lambda: n_h.abs(),
         "abs_u": lambda: n_u.abs(),
-        "b_h": lambda: n_b * n_h,
+        "b_h": lambda: by_b * n_h,
         "u_b": lambda: n_u * n_b,
-        "u_h": lambda: n_u * n_h,
+        "u_h": lambda: by_u * n_h,
         "p_b": lambda: n_p * n_b,
     }
     return [table[name]() for name in config.features]

@@ -129,6 +129,7 @@ class LearnedOptimizer(Optimizer):
             _check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    @torch.compiler.disable  # the rule's numbers change with every step: traced, they would be frozen into the graph
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one update of every parameter that has a gradient.
@@ -167,7 +168,7 @@ class LearnedOptimizer(Optimizer):
             for key in self._plane_keys():
                 state[key] = torch.zeros_like(p, dtype=self._plane_dtype(p, key))
             for key in ("cosine_fast", "cosine_slow"):
-                state[key] = torch.zeros((), dtype=torch.float32, device=p.device)
+                state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         state["step"] += 1
         grad = p.grad
         if grad is None:
@@ -204,6 +205,9 @@ class LearnedOptimizer(Optimizer):
                 if isinstance(value, _AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
+        for group in self.param_groups:
+            for name, default in self.defaults.items():
+                group.setdefault(name, default)  # not saved by an older version
         if "policy" in state:
             self._backend = make_backend(self._backend_name, self.policy)
 
@@ -275,10 +279,12 @@ def _checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, A
         if missing:
             raise ValueError(f"the state of parameter {key!r} lacks {missing}")
         for name in optimizer._plane_keys():
-            if tuple(values[name].shape) != tuple(p.shape):
+            plane = values[name]
+            if not isinstance(plane, Tensor) or plane.shape != p.shape or plane.is_complex() != p.is_complex():
+                found = f"{plane.dtype} of shape {tuple(plane.shape)}" if isinstance(plane, Tensor) else type(plane)
                 raise ValueError(
-                    f"the state of parameter {key!r} has {name} of shape {tuple(values[name].shape)}, "
-                    f"the parameter has shape {tuple(p.shape)}"
+                    f"the state of parameter {key!r} holds as {name} {found}, "
+                    f"the parameter is {p.dtype} of shape {tuple(p.shape)}"
                 )
         state[key] = {name: _AsSaved(value) for name, value in values.items()}
     return {**state_dict, "state": state}
@@ -303,14 +309,20 @@ def _check_group(group: Mapping[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, Iterable) or isinstance(betas, str) or len(tuple(betas)) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; expected two numbers or None")
+    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError("betas must be either both floats or both Tensors")
     for i, beta in enumerate(betas):
         _check_number(f"beta parameter at index {i}", beta, below=1.0)
     _check_number("epsilon value", group["eps"])
     _check_number("weight_decay value", group["weight_decay"])
+    if group["maximize"] not in (True, False):
+        raise TypeError(f"Invalid maximize: {group['maximize']!r}; expected True or False")
 
 
 def _check_number(what: str, value: Any, below: float = math.inf) -> None:
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"Invalid {what}: {value!r} ({type(value).__name__}); expected a number")
+    if isinstance(value, Tensor) and value.numel() != 1:
+        raise ValueError(f"Invalid {what}: a Tensor of shape {tuple(value.shape)}; expected 1 element")
     if not 0.0 <= float(value) < below:
         raise ValueError(f"Invalid {what}: {value}")

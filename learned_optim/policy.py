@@ -21,6 +21,8 @@ from torch import Tensor, nn
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from huggingface_hub import CommitInfo
+
 FORMAT_VERSION = 1
 
 #: Per-coordinate inputs of the recurrent cell; all are even in (gradient, parameter).
@@ -261,17 +263,47 @@ class Policy(nn.Module):
         return f"cell={self.config.cell!r}, meta_parameters={count}, source={self.source!r}, {self.fingerprint()}"
 
     @classmethod
-    def from_pretrained(cls, name_or_path: str | Path, **options: Any) -> Policy:
-        """Load a policy by bundled name or from a folder; see :func:`learned_optim.hub.load_policy`."""
+    def from_pretrained(
+        cls,
+        name_or_path: str | Path,
+        *,
+        revision: str | None = None,
+        cache_dir: str | Path | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        force_download: bool = False,
+    ) -> Policy:
+        """Load a policy: bundled, from a folder, or from the Hub; see :func:`learned_optim.hub.load_policy`."""
         from learned_optim.hub import load_policy
 
-        return load_policy(name_or_path, **options)
+        return load_policy(
+            name_or_path, revision=revision, cache_dir=cache_dir, token=token, local_files_only=local_files_only,
+            force_download=force_download,
+        )  # fmt: skip
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the policy into ``folder``; see :func:`learned_optim.hub.save_policy`."""
         from learned_optim.hub import save_policy
 
         save_policy(self, folder)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        commit_message: str | None = None,
+        revision: str | None = None,
+        create_pr: bool = False,
+    ) -> CommitInfo:
+        """Publish the policy in the repository ``owner/name``; see :func:`learned_optim.hub.push_policy`."""
+        from learned_optim.hub import push_policy
+
+        return push_policy(
+            self, repo_id, private=private, token=token, commit_message=commit_message, revision=revision,
+            create_pr=create_pr,
+        )  # fmt: skip
 
 
 def expected_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:

@@ -16,13 +16,15 @@ from .sampling import Data, integer, uniform
 
 
 def textures(rng: torch.Generator, n: int, classes: int, size: int, channels: int = 1) -> Data:
-    """A class is two gratings (frequency, direction, colour); an example has random phases, contrast and noise."""
+    """A class is two gratings (frequency, direction, phase, colour); an example shifts them and adds noise."""
     labels = torch.randint(classes, (n,), generator=rng)
-    frequency = (1 + 0.25 * size * torch.rand(classes, 2, generator=rng)) * 2 * math.pi / size
+    frequency = (1 + 0.15 * size * torch.rand(classes, 2, generator=rng)) * 2 * math.pi / size
     angle = math.pi * torch.rand(classes, 2, generator=rng)
     colour = torch.rand(classes, 2, channels, 1, 1, generator=rng)
     wave = torch.stack([frequency * angle.cos(), frequency * angle.sin()], -1)[labels]  # [n, 2, 2]
-    phase = 2 * math.pi * torch.rand(n, 2, 1, generator=rng)
+    # Up to complete shifts, which only networks that share weights over places can see through.
+    phase = 2 * math.pi * torch.rand(classes, 2, 1, generator=rng)[labels]
+    phase = phase + uniform(rng, 0.3, math.pi) * (2 * torch.rand(n, 2, 1, generator=rng) - 1)
     gratings = (wave @ _grid(size).T + phase).sin().view(n, 2, 1, size, size)
     contrast = 0.2 + 0.3 * torch.rand(n, 1, 1, 1, generator=rng)
     noise = 0.1 * torch.randn(n, channels, size, size, generator=rng)
@@ -42,15 +44,15 @@ def shapes(rng: torch.Generator, n: int, classes: int, size: int, channels: int 
     outline = 1 + sum(amplitude[:, k, None] * (int(order[k]) * angle + offset[:, k, None]).cos() for k in range(5)) / 2
     scale = size * (0.18 + 0.12 * torch.rand(n, 1, generator=rng))
     inside = torch.sigmoid(2 * (scale * outline - position.norm(dim=-1))).view(n, 1, size, size)
-    ink, paper = torch.rand(2, n, channels, 1, 1, generator=rng)
-    ink = torch.where((ink - paper).abs() < 0.3, 1 - paper.round(), ink)  # keep every shape visible
+    ink, paper = 0.4 * torch.rand(2, n, channels, 1, 1, generator=rng)
+    ink = 0.6 + ink  # always brighter than the paper: small networks cannot learn to ignore the sign
     return paper + (ink - paper) * inside, labels
 
 
 def strokes(rng: torch.Generator, n: int, classes: int, size: int) -> Data:
-    """Sparse drawings on a blank page with blank borders: a class is a few curves, an example deforms and moves them."""
+    """Sparse drawings on a blank page with blank borders: a class is a few curves, an example deforms them."""
     labels = torch.randint(classes, (n,), generator=rng)
-    curves, points = integer(rng, 1, 3), 2 * size
+    curves, points = integer(rng, 1, 3), size
     control = torch.rand(classes, curves, 4, 2, generator=rng)[labels]
     control = control + 0.06 * torch.randn(control.shape, generator=rng)
     t = torch.linspace(0, 1, points)
@@ -58,7 +60,7 @@ def strokes(rng: torch.Generator, n: int, classes: int, size: int) -> Data:
     path = (bezier @ control).view(n, -1, 2)
     border, shift = 0.18, 0.1 * (torch.rand(n, 1, 2, generator=rng) - 0.5)
     path = size * (border + (1 - 2 * border) * path.clamp(0, 1) + shift)
-    return _draw(path, size, ink=uniform(rng, 0.6, 1.4)), labels
+    return _draw(path, size, ink=uniform(rng, 0.9, 2.2)), labels
 
 
 def blobs(rng: torch.Generator, n: int, classes: int, size: int) -> Data:

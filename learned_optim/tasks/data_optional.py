@@ -84,7 +84,7 @@ def letters(rng: torch.Generator, n: int, classes: int, colour: bool = False) ->
         rng: source of every choice, the ``classes`` letters among the 52 included.
         n: number of images.
         classes: number of different letters, at most 52.
-        colour: random ink on random paper, three channels, rather than white on black.
+        colour: random bright ink on random dark paper, three channels, rather than white on black.
     """
     labels = torch.randint(classes, (n,), generator=rng)
     alphabet = torch.randperm(len(LETTERS), generator=rng)[:classes]
@@ -97,7 +97,8 @@ def letters(rng: torch.Generator, n: int, classes: int, colour: bool = False) ->
     images = F.grid_sample(pages, F.affine_grid(affine, [n, 1, 28, 28], align_corners=False), align_corners=False)
     if colour:
         ink, paper = torch.rand(2, n, 3, 1, 1, generator=rng)
-        images = (paper + (ink - paper) * images + 0.05 * torch.randn(n, 3, 28, 28, generator=rng)).clamp(0, 1)
+        ink, paper = 0.5 + 0.5 * ink, 0.5 * paper  # bright on dark: always legible
+        images = (paper + (ink - paper) * images + 0.03 * torch.randn(n, 3, 28, 28, generator=rng)).clamp(0, 1)
     return images, labels
 
 

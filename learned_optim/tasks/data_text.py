@@ -106,10 +106,10 @@ def _part(split: str, held_out: bool) -> str:
 
 
 def _manual() -> list[str]:
-    if importlib.util.find_spec("pydoc_data") is None:  # some distributions package it apart
+    try:
+        from pydoc_data import topics
+    except ImportError:  # some distributions package it apart
         return []
-    from pydoc_data import topics
-
     return list(topics.topics.values())
 
 

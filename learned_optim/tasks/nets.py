@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +75,7 @@ def initialise(module: nn.Module, style: Style) -> nn.Module:
 
 
 def norm_layer(kind: str, features: int, dims: int = 0) -> list[nn.Module]:
-    """The normalisation of ``[batch, features]`` (dims 0) or ``[batch, features, *dims]`` as a list of 0 or 1 layers."""
+    """0 or 1 layers that normalise ``[batch, features]``, or ``[batch, features, *size]`` of ``dims`` more axes."""
     if kind == "none":
         return []
     if kind == "batch":
@@ -99,7 +100,7 @@ class Residual(nn.Module):
 def mlp(widths: Sequence[int], style: Style) -> nn.Sequential:
     """A perceptron on ``[batch, widths[0]]`` that gives ``[batch, widths[-1]]``; flattens its input first."""
     layers: list[nn.Module] = [nn.Flatten()]
-    for fan_in, fan_out in zip(widths[:-2], widths[1:-1], strict=True):
+    for fan_in, fan_out in pairwise(widths[:-1]):
         layer = nn.Sequential(nn.Linear(fan_in, fan_out), *norm_layer(style.norm, fan_out), style.act())
         layers.append(Residual(layer) if style.residual and fan_in == fan_out else layer)
     layers.append(nn.Linear(widths[-2], widths[-1]))
@@ -107,10 +108,10 @@ def mlp(widths: Sequence[int], style: Style) -> nn.Sequential:
 
 
 def convnet(in_channels: int, channels: Sequence[int], outputs: int, style: Style, dims: int = 2) -> nn.Sequential:
-    """Strided 3-wide convolutions and global average pooling: ``[batch, in_channels, *size]`` to ``[batch, outputs]``."""
+    """Strided convolutions and global average pooling: ``[batch, in_channels, *size]`` to ``[batch, outputs]``."""
     conv, pool = ((nn.Conv1d, nn.AdaptiveAvgPool1d), (nn.Conv2d, nn.AdaptiveAvgPool2d))[dims - 1]
     layers: list[nn.Module] = []
-    for fan_in, fan_out in zip([in_channels, *channels[:-1]], channels, strict=True):
+    for fan_in, fan_out in pairwise([in_channels, *channels]):
         layers += [conv(fan_in, fan_out, 3, stride=2, padding=1), *norm_layer(style.norm, fan_out, dims), style.act()]
     return nn.Sequential(*layers, pool(1), nn.Flatten(), nn.Linear(channels[-1], outputs))
 

@@ -1,15 +1,16 @@
-"""Random choices drawn from a ``torch.Generator``, and batches of data sets."""
+"""Random choices drawn from a ``torch.Generator``, and tasks made of data sets."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .base import draw_seed
+from .base import LossFn, ModuleTask, draw_seed
 
 T = TypeVar("T")
 
@@ -74,3 +75,37 @@ def dataset_batches(data: Data, batch_size: int, rng: torch.Generator) -> Iterat
         for start in range(0, n - size + 1, size):
             index = order[start : start + size]
             yield tuple(t[index] for t in data)
+
+
+def run_length(rng: torch.Generator, low: int, high: int, work: float = 0.0, seconds: float = 2.0) -> int:
+    """Draws a number of inner steps between low and high, log-uniform.
+
+    Args:
+        rng: source of the choice.
+        low: fewest steps.
+        high: most steps.
+        work: multiply-adds of one forward pass (parameters times examples, for an MLP). Expensive tasks get fewer
+            steps, though never fewer than ``low``.
+        seconds: roughly how long the whole run may take on one core at 50 GFLOP/s.
+    """
+    affordable = int(seconds * 50e9 / (6 * work)) if work > 0 else high  # backward costs twice the forward pass
+    return max(low, min(log_int(rng, low, high), affordable))
+
+
+def dataset_task(
+    make_module: Callable[[], nn.Module],
+    load: Callable[[], tuple[Data, Data]],
+    loss_fn: LossFn,
+    *,
+    batch_size: int,
+    length: int,
+) -> ModuleTask:
+    """A task on a fixed data set; ``load() -> (training, held-out)`` runs once, at first use."""
+    load = functools.cache(load)
+    return ModuleTask(
+        make_module,
+        lambda rng: dataset_batches(load()[0], batch_size, rng),
+        loss_fn,
+        length=length,
+        eval_batch=lambda: load()[1],
+    )

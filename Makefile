@@ -1,0 +1,52 @@
+# Needs Python 3.10 or newer, and make; everything else goes into .venv.
+PYTHON ?= python3
+VENV ?= .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
+WORKERS ?= 2
+
+.PHONY: help demo test check soak results clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo 'make demo     train a small network with AdamW and with LearnedOptimizer, compare'
+	@echo 'make test     run the tests'
+	@echo 'make check    lint, format and types'
+	@echo 'make soak     run the tests that take minutes'
+	@echo 'make results  measure again what README.md shows'
+	@echo 'make clean    remove .venv and everything generated'
+
+demo: $(VENV)/.demo
+	$(PY) examples/demo.py --out demo
+
+test: $(VENV)/.test
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' tests
+
+check: $(VENV)/.test
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m pyright --pythonpath $(PY)
+
+soak: $(VENV)/.test
+	$(PY) -m pytest -m slow tests
+
+results: $(VENV)/.demo
+	$(PY) examples/demo.py --out docs --json docs/results/demo.json --tuned
+	$(PY) tools/measure_step.py docs/results/step.json
+	$(PY) tools/measure_limits.py docs/results/limits.json
+	$(PY) tools/readme_tables.py
+
+clean:
+	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+$(PY):
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
+	$(PIP) -e '.[tasks]'
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(PY)
+	$(PIP) -e '.[test]'
+	@touch $@ $(VENV)/.demo

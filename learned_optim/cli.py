@@ -1,0 +1,176 @@
+"""The command ``learned-optim``: which subcommands there are, and how their errors are said.
+
+A subcommand is a dataclass, whose fields are its arguments (see tyro), and a function that takes it; :data:`COMMANDS`
+names both. Neither is imported before the subcommand is chosen, and the dataclass belongs into a module without torch,
+so that no ``--help`` waits for it. The function prints its result and returns nothing; its errors are exceptions.
+
+Exit status: 0 done · 1 failed, one line on stderr says why · 2 wrong arguments, one line likewise · 130 interrupted.
+"""
+
+# ruff: noqa: T201  (printing is what a command line is for)
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import difflib
+import importlib
+import io
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from learned_optim import __version__
+from learned_optim.errors import CachedPolicyWarning
+
+PROGRAM = "learned-optim"
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A subcommand.
+
+    Args:
+        summary: half a line for ``learned-optim --help``.
+        config: ``"module:Class"`` of the dataclass of its arguments.
+        run: ``"module:function"`` of what is called with an instance of it.
+    """
+
+    summary: str
+    config: str
+    run: str
+
+
+#: In the order of ``--help``.
+COMMANDS = {
+    "info": Command("what a policy is and how it did", "learned_optim.commands:Info", "learned_optim.commands:info"),
+    "pull": Command("get a policy from the Hub", "learned_optim.commands:Pull", "learned_optim.commands:pull"),
+    "push": Command("publish a policy on the Hub", "learned_optim.commands:Push", "learned_optim.commands:push"),
+}
+
+
+class UsageError(Exception):
+    """Wrong arguments; a subcommand may raise it for what its dataclass cannot express."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments; those of the process if ``None``.
+
+    Returns:
+        The exit status.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        with _plain_warnings():
+            _run(arguments)
+            sys.stdout.flush()
+    except UsageError as error:
+        return _fail(error, 2)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # `learned-optim info default | head`: nobody reads on. The interpreter would complain when it flushes.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
+    except (ValueError, OSError, ImportError) as error:  # what the library documents, PolicyError included
+        return _fail(error, 1)
+    return 0
+
+
+def _run(arguments: list[str]) -> None:
+    name = arguments[0] if arguments else "--help"
+    if name in ("--help", "-h", "help"):
+        print(_overview())
+    elif name == "--version":
+        print(f"{PROGRAM} {__version__}")
+    elif name in COMMANDS:
+        command = COMMANDS[name]
+        config = _parse(_load(command.config), name, arguments[1:])
+        if config is not None:
+            _load(command.run)(config)
+    else:
+        what = "option" if name.startswith("-") else "command"
+        raise UsageError(f"unknown {what} {name!r}{_nearest(name, [*COMMANDS, '--help', '--version'])}")
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name.ljust(width)}  {command.summary}" for name, command in COMMANDS.items())
+    return (
+        f"usage: {PROGRAM} COMMAND ...\n\nOptimizers whose update rule was learned.\n\ncommands:\n{commands}\n\n"
+        f"`{PROGRAM} COMMAND --help` says what a command takes; `{PROGRAM} --version` which version this is."
+    )
+
+
+def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
+    """An instance of ``config`` from the arguments; ``None`` after help was printed."""
+    import tyro
+
+    def parse(args: list[str]) -> tuple[Any, list[str]]:
+        return tyro.cli(
+            config, args=args, prog=f"{PROGRAM} {name}", return_unknown_args=True,
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )  # fmt: skip
+
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed, unknown = parse(arguments)
+    except SystemExit as exit:
+        if not exit.code:
+            return None
+        raise UsageError(f"{name}: {_first_sentence(complaint.getvalue())}; see `{PROGRAM} {name} --help`") from exit
+    if not unknown:
+        return parsed
+    flag = next((argument for argument in unknown if argument.startswith("-")), None)
+    if flag is None:
+        raise UsageError(f"{name}: one argument too many, {unknown[0]!r}; see `{PROGRAM} {name} --help`")
+    help_text = io.StringIO()
+    with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
+        parse(["--help"])
+    flag = flag.partition("=")[0]
+    near = _nearest(flag, sorted(set(re.findall(r"--[\w.-]+", help_text.getvalue()))))
+    raise UsageError(f"{name}: unknown option {flag!r}{near}; see `{PROGRAM} {name} --help`")
+
+
+def _first_sentence(complaint: str) -> str:
+    """tyro draws boxes; what is wrong stands between the title and the next rule."""
+    lines = [line.strip("│╭╮╰╯─ \t") for line in complaint.splitlines()]
+    words = [line for line in lines if line and not set(line) <= set("-─")]
+    kept = []
+    for line in words[1:] or words:
+        if line.startswith(("Argument helptext", "For full helptext")):
+            break
+        kept.append(line)
+    return " ".join(" ".join(kept).split()).rstrip(".") or "wrong arguments"
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def _load(where: str) -> Any:
+    module, _, attribute = where.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
+@contextlib.contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """A warning is one line, without the line of code that raised it."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", CachedPolicyWarning)  # even under -W error: it is news, the command goes on
+        warnings.showwarning = lambda message, *_, **__: print(f"{PROGRAM}: warning: {message}", file=sys.stderr)
+        yield
+
+
+def _fail(error: BaseException, status: int) -> int:
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"{PROGRAM}: {text}", file=sys.stderr)
+    return status

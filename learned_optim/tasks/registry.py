@@ -1,0 +1,41 @@
+"""The zoo by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+from . import language, synthetic, tabular, vision, vision_validation
+from .base import TaskFamily
+
+FAMILIES: dict[str, TaskFamily] = {
+    family.name: family
+    for module in (vision, language, tabular, synthetic, vision_validation)
+    for family in module.FAMILIES
+}
+"""Every family of the zoo by name."""
+
+_TAGS = ("train", "validation", "all")
+
+
+def get_families(names_or_tags: str | Iterable[str] = "all") -> list[TaskFamily]:
+    """Looks families up, in the order asked for and each once.
+
+    Args:
+        names_or_tags: names of families, and the tags ``"train"``, ``"validation"`` (all families of that split)
+            and ``"all"``; one string or several.
+
+    Raises:
+        ValueError: a name is unknown; the message suggests the nearest one.
+    """
+    found: dict[str, TaskFamily] = {}
+    for name in [names_or_tags] if isinstance(names_or_tags, str) else names_or_tags:
+        if name in FAMILIES:
+            found[name] = FAMILIES[name]
+        elif name in _TAGS:
+            found |= {key: family for key, family in FAMILIES.items() if name in (family.split, "all")}
+        else:
+            near = difflib.get_close_matches(name, [*FAMILIES, *_TAGS], n=1, cutoff=0.4)
+            hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join([*FAMILIES, *_TAGS])}"
+            raise ValueError(f"unknown task family {name!r}; {hint}")
+    return list(found.values())

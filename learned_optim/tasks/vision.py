@@ -1,0 +1,274 @@
+"""Training families on images and signals made by formula."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from .base import ModuleTask, Task, TaskFamily
+from .data_images import IMAGE_SOURCES, preprocess, signals
+from .nets import AutoEncoder, VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
+from .objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
+from .sampling import (
+    Data,
+    chance,
+    choice,
+    dataset_batches,
+    dataset_task,
+    integer,
+    log_int,
+    run_length,
+    spawn,
+    split,
+)
+
+PREPROCESSING = ("raw", "standardised", "per_pixel")
+
+
+def image_data(
+    rng: torch.Generator, source: str, n: int, classes: int, how: str, **options: int
+) -> Callable[[], tuple[Data, Data]]:
+    """A loader of ``(training, held-out)`` images and labels from one of ``IMAGE_SOURCES``, a new set per task."""
+    make_rng = spawn(rng)
+
+    def load() -> tuple[Data, Data]:
+        data_rng = make_rng()
+        images, labels = IMAGE_SOURCES[source](data_rng, n, classes, **options)
+        return split((preprocess(images, how), labels), data_rng)
+
+    return load
+
+
+def images_only(load: Callable[[], tuple[Data, Data]]) -> Callable[[], tuple[Data, Data]]:
+    """Drops the labels."""
+
+    def load_images() -> tuple[Data, Data]:
+        train, held_out = load()
+        return train[:1], held_out[:1]
+
+    return load_images
+
+
+def hidden_widths(rng: torch.Generator, low: int, high: int, depth: tuple[int, int]) -> list[int]:
+    """Widths of the hidden layers: all equal, or shrinking to a quarter."""
+    width, layers = log_int(rng, low, high), integer(rng, *depth)
+    last = width if chance(rng, 0.6) else max(8, width // 4)
+    return [round(width * (last / width) ** (i / max(1, layers - 1))) for i in range(layers)]
+
+
+def mlp_work(widths: Sequence[int]) -> int:
+    """Weights of a perceptron, which are its multiply-adds per example."""
+    return sum(a * b for a, b in pairwise(widths))
+
+
+def mlp_images(rng: torch.Generator) -> Task:
+    size, channels, classes = integer(rng, 8, 20), choice(rng, (1, 1, 3)), integer(rng, 4, 20)
+    style, batch_size = random_style(rng), log_int(rng, 8, 256)
+    widths = [channels * size * size, *hidden_widths(rng, 16, 256, (1, 4)), classes]
+    source, n = choice(rng, ("textures", "shapes")), log_int(rng, 600, 3000)
+    load = image_data(rng, source, n, classes, choice(rng, PREPROCESSING), size=size, channels=channels)
+    length = run_length(rng, 200, 800, batch_size * mlp_work(widths))
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
+def mlp_sparse_images(rng: torch.Generator) -> Task:
+    size = 28 if chance(rng, 0.75) else integer(rng, 36, 54)
+    classes, style, batch_size = integer(rng, 5, 30), random_style(rng), log_int(rng, 8, 128)
+    widths = [size * size, *hidden_widths(rng, 32, 400 if size == 28 else 160, (1, 3)), classes]
+    # Raw pixels most of the time: they are what users feed, and dead inputs only stay dead without centring.
+    how = choice(rng, ("raw", "raw", "raw", "standardised", "per_pixel"))
+    source, n = choice(rng, ("strokes", "strokes", "blobs")), log_int(rng, 600, 2500)
+    load = image_data(rng, source, n, classes, how, size=size)
+    length = run_length(rng, 300, 800, batch_size * mlp_work(widths), seconds=3.0)
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
+def mlp_label_noise(rng: torch.Generator) -> Task:
+    """Few examples, a part of them (or all) with random labels: the training loss falls by memorising."""
+    size, classes, noise = integer(rng, 8, 20), integer(rng, 2, 10), choice(rng, (0.2, 0.5, 1.0))
+    style, batch_size, n = random_style(rng), log_int(rng, 16, 128), log_int(rng, 150, 800)
+    widths = [size * size, *hidden_widths(rng, 32, 256, (1, 3)), classes]
+    load_clean = image_data(rng, choice(rng, tuple(IMAGE_SOURCES)), n, classes, choice(rng, PREPROCESSING), size=size)
+    make_rng = spawn(rng)
+
+    def load() -> tuple[Data, Data]:
+        (images, labels), held_out = load_clean()
+        noise_rng = make_rng()
+        wrong = torch.rand(len(labels), generator=noise_rng) < noise
+        return (images, torch.where(wrong, torch.randint(classes, labels.shape, generator=noise_rng), labels)), held_out
+
+    length = run_length(rng, 200, 800, batch_size * mlp_work(widths))
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
+def mlp_deep_narrow(rng: torch.Generator) -> Task:
+    """Six to twenty layers of 8 to 32 units; without residual connections these barely train."""
+    size, classes, style = integer(rng, 6, 12), integer(rng, 2, 10), random_style(rng, residual=0.5)
+    widths = [size * size, *[log_int(rng, 8, 32)] * log_int(rng, 6, 20), classes]
+    load = image_data(rng, choice(rng, tuple(IMAGE_SOURCES)), 1500, classes, "standardised", size=size)
+    length, batch_size = run_length(rng, 200, 600), log_int(rng, 16, 256)
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
+def signal_data(rng: torch.Generator, n: int, classes: int, length: int) -> Callable[[], tuple[Data, Data]]:
+    """A loader of ``(training, held-out)`` signals and labels, a new set per task."""
+    make_rng = spawn(rng)
+    return lambda: split(signals(make_rng(), n, classes, length), make_rng())
+
+
+def mlp_signals(rng: torch.Generator) -> Task:
+    points, classes, style = integer(rng, 32, 96), integer(rng, 3, 12), random_style(rng)
+    widths = [points, *hidden_widths(rng, 16, 256, (1, 4)), classes]
+    load = signal_data(rng, log_int(rng, 500, 4000), classes, points)
+    length, batch_size = run_length(rng, 200, 800), log_int(rng, 16, 256)
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
+def conv1d_signals(rng: torch.Generator) -> Task:
+    points, classes, style = integer(rng, 32, 96), integer(rng, 3, 12), random_style(rng)
+    channels = [log_int(rng, 8, 64)] * integer(rng, 2, 4)
+    load = signal_data(rng, log_int(rng, 500, 4000), classes, points)
+    length, batch_size = run_length(rng, 200, 800), log_int(rng, 8, 128)
+    return dataset_task(
+        lambda: initialise(convnet(1, channels, classes, style, dims=1), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def conv2d_images(rng: torch.Generator) -> Task:
+    size, colours, classes, style = integer(rng, 10, 20), choice(rng, (1, 3)), integer(rng, 3, 12), random_style(rng)
+    width = log_int(rng, 8, 48)
+    channels = [width * 2**i if chance(rng, 0.5) else width for i in range(integer(rng, 2, 3))]
+    source = choice(rng, ("textures", "shapes"))
+    load = image_data(rng, source, 1500, classes, choice(rng, PREPROCESSING[:2]), size=size, channels=colours)
+    length, batch_size = run_length(rng, 200, 500), log_int(rng, 8, 64)
+    return dataset_task(
+        lambda: initialise(convnet(colours, channels, classes, style), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def resnet_images(rng: torch.Generator) -> Task:
+    size, colours, classes = integer(rng, 12, 18), choice(rng, (1, 3)), integer(rng, 3, 12)
+    style = random_style(rng, norms=("batch", "batch", "batch", "layer"))
+    channels = [log_int(rng, 8, 16) * 2**i for i in range(integer(rng, 1, 3))]
+    source = choice(rng, ("textures", "shapes"))
+    load = image_data(rng, source, 1500, classes, "standardised", size=size, channels=colours)
+    length, batch_size = run_length(rng, 200, 400), log_int(rng, 8, 48)
+    return dataset_task(
+        lambda: initialise(residual_convnet(colours, channels, classes, style), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def vit_images(rng: torch.Generator) -> Task:
+    patch, colours, classes = choice(rng, (4, 5)), choice(rng, (1, 3)), integer(rng, 3, 12)
+    size, width, depth = patch * integer(rng, 2, 4), choice(rng, (16, 32, 48)), integer(rng, 1, 3)
+    style = random_style(rng, norms=("layer", "rms"), inits=("default", "xavier", "zero_output"))
+    source = choice(rng, ("textures", "shapes"))
+    load = image_data(rng, source, 2000, classes, choice(rng, PREPROCESSING), size=size, channels=colours)
+    length, batch_size, heads = run_length(rng, 200, 400), log_int(rng, 8, 64), choice(rng, (1, 2, 4))
+    return dataset_task(
+        lambda: initialise(VisionTransformer((colours, size), patch, width, depth, heads, classes, style), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def autoencoder_images(rng: torch.Generator) -> Task:
+    """Squared error of standardised pixels, or the Bernoulli likelihood of pixels in [0, 1]."""
+    source = choice(rng, tuple(IMAGE_SOURCES))
+    size = integer(rng, 8, 20) if source in ("textures", "shapes") else integer(rng, 16, 28)
+    style = random_style(rng, norms=("none", "none", "layer", "batch"), residual=0.0)
+    hidden, code = hidden_widths(rng, 32, 256, (1, 2)), log_int(rng, 2, 32)
+    raw, batch_size = chance(rng, 0.5), log_int(rng, 16, 128)
+    load = images_only(image_data(rng, source, 1500, 10, "raw" if raw else "standardised", size=size))
+    length = run_length(rng, 200, 600, 2 * batch_size * mlp_work([size * size, *hidden, code]))
+    return dataset_task(
+        lambda: initialise(AutoEncoder(size * size, hidden, code, style), style),
+        load,
+        bernoulli_reconstruction if raw else reconstruction,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def vae_task(
+    rng: torch.Generator,
+    load: Callable[[], tuple[Data, Data]],
+    pixels: int,
+    hidden: list[int],
+    code: int,
+    seconds: float,
+) -> ModuleTask:
+    """A variational autoencoder on the images that ``load`` gives; the noise of the code comes in the batch."""
+    style = random_style(rng, norms=("none", "none", "layer"), inits=("default", "xavier", "scaled"), residual=0.0)
+    batch_size = log_int(rng, 16, 128)
+    work = 2 * batch_size * mlp_work([pixels, *hidden, code])
+    length = run_length(rng, 200 if seconds < 5 else 400, 800 if seconds < 5 else 2000, work, seconds)
+
+    def with_noise(images: Tensor, noise_rng: torch.Generator) -> Data:
+        return images, torch.randn(len(images), code, generator=noise_rng)
+
+    def batches(batch_rng: torch.Generator) -> Iterator[Data]:
+        for (images,) in dataset_batches(task_data()[0], batch_size, batch_rng):
+            yield with_noise(images, batch_rng)
+
+    task_data = functools.cache(load)
+    make_rng = spawn(rng)
+    return ModuleTask(
+        lambda: initialise(AutoEncoder(pixels, hidden, code, style, variational=True), style),
+        batches,
+        negative_elbo,
+        length=length,
+        eval_batch=lambda: with_noise(task_data()[1][0], make_rng()),
+    )
+
+
+def vae_images(rng: torch.Generator) -> Task:
+    source = choice(rng, ("shapes", "strokes", "blobs"))
+    size = integer(rng, 12, 20) if source == "shapes" else integer(rng, 16, 28)
+    load = images_only(image_data(rng, source, log_int(rng, 600, 2000), 10, "raw", size=size))
+    return vae_task(rng, load, size * size, hidden_widths(rng, 32, 256, (1, 2)), log_int(rng, 2, 32), seconds=2.0)
+
+
+FAMILIES = (
+    TaskFamily("mlp_images", "perceptrons that classify textures and shapes", "train", mlp_images),
+    TaskFamily(
+        "mlp_sparse_images", "wide-input perceptrons on strokes and spots on a blank page", "train", mlp_sparse_images
+    ),
+    TaskFamily("mlp_label_noise", "perceptrons that memorise images with random labels", "train", mlp_label_noise),
+    TaskFamily("mlp_deep_narrow", "perceptrons of 6 to 20 narrow layers on small images", "train", mlp_deep_narrow),
+    TaskFamily("mlp_signals", "perceptrons that classify one-dimensional signals", "train", mlp_signals),
+    TaskFamily("conv1d_signals", "1-D convolutional networks that classify signals", "train", conv1d_signals),
+    TaskFamily("conv2d_images", "2-D convolutional networks on textures and shapes", "train", conv2d_images),
+    TaskFamily("resnet_images", "residual convolutional networks, mostly with BatchNorm", "train", resnet_images),
+    TaskFamily("vit_images", "small vision transformers on textures and shapes", "train", vit_images),
+    TaskFamily("autoencoder_images", "perceptron autoencoders of images", "train", autoencoder_images),
+    TaskFamily("vae_images", "variational autoencoders of images in [0, 1]", "train", vae_images),
+)

@@ -1,0 +1,53 @@
+"""Every script in examples/ and tools/ runs, shortened where it can be."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+TESTED = {"demo.py", "replace_adam.py"}
+
+
+def run(script: str, *arguments: object, cwd: Path) -> str:
+    command = [sys.executable, "-W", "error", str(ROOT / script), *map(str, arguments)]
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_run_by_a_test() -> None:
+    # Examples that come with a test of their own elsewhere are named there.
+    here = Path(__file__).parent
+    others = "".join(path.read_text(encoding="utf-8") for path in here.rglob("test_*.py") if path != Path(__file__))
+    for path in (ROOT / "examples").glob("*.py"):
+        assert path.name in TESTED or path.name in others, f"no test runs examples/{path.name}"
+
+
+def test_the_demo_prints_its_table_and_draws_its_curves(tmp_path: Path) -> None:
+    printed = run("examples/demo.py", "--steps", 12, "--seeds", 2, "--json", tmp_path / "demo.json", cwd=tmp_path)
+    assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
+    table = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["table"]
+    assert list(table) == ["AdamW", "LearnedOptimizer"]
+    for figures in table.values():
+        for name, value in figures.items():
+            assert name in printed
+            assert value in printed
+
+
+def test_the_demo_finds_the_best_of_several_settings_of_adamw(tmp_path: Path) -> None:
+    run("examples/demo.py", "--steps", 2, "--seeds", 1, "--tuned", "--json", "demo.json", cwd=tmp_path)
+    names = list(json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["table"])
+    assert len(names) == 3
+    assert names[2].startswith("best of 8: AdamW, lr ")
+
+
+def test_a_stopped_run_resumes_to_the_same_loss(tmp_path: Path) -> None:
+    whole, resumed = run("examples/replace_adam.py", cwd=tmp_path).splitlines()
+    assert whole.split()[-1] == resumed.split()[-1]

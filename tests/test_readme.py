@@ -1,0 +1,59 @@
+"""What README.md says works: its Python runs, its commands exist, its links lead somewhere, its tables are current."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def blocks(language: str) -> list[tuple[int, str]]:
+    """Line number of the first line, and text, of every block in that language."""
+    return [(README.count("\n", 0, m.start(2)) + 1, m[2]) for m in BLOCK.finditer(README) if m[1] == language]
+
+
+def test_every_python_block_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "readme"}
+    assert blocks("python")
+    for line, code in blocks("python"):
+        # Empty lines in front: a traceback then shows the README's own line numbers.
+        exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), names)
+
+
+def test_every_command_exists() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    commands = [shlex.split(line, comments=True) for _, text in blocks("sh") for line in text.splitlines()]
+    assert commands
+    for command in filter(None, commands):
+        program, *rest = command
+        if program == "make":
+            assert set(rest) <= targets, f"no such target: {command}"
+        elif program == "learned-optim":
+            shown = [sys.executable, "-m", "learned_optim", rest[0], "--help"]
+            done = subprocess.run(shown, cwd=ROOT, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{command}: {done.stderr}"
+        elif program == "python":
+            assert (ROOT / rest[0]).is_file(), f"no such script: {command}"
+        else:
+            assert program in ("git", "cd", "pip"), f"unknown command: {command}"
+
+
+def test_every_link_to_a_file_leads_somewhere() -> None:
+    for link in re.findall(r"\]\(([^)#]+)\)", README):
+        assert link.startswith("https://") or (ROOT / link).exists(), f"broken link: {link}"
+
+
+def test_the_tables_are_those_of_the_results_files() -> None:
+    done = subprocess.run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], check=False)
+    assert done.returncode == 0, "run: python tools/readme_tables.py"
+    for name in re.findall(r"<!-- results:(\w+) -->", README):
+        assert (ROOT / "docs" / "results" / f"{name}.json").is_file()

@@ -1,0 +1,248 @@
+"""The rule against its scalar transcription, and against itself in other arrangements of the coordinates."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from reference import ReferenceTensor
+from support import POLICIES, give_gradients, leaves, make, random_policy
+
+from learned_optim import Policy, PolicyConfig, update_rule
+from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.coordinates import Segments, Whole
+from learned_optim.policy import FEATURES
+
+HYPER = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+SHAPES = [(), (5,), (3, 4), (2, 3, 2), (1, 1), (4, 1, 2, 2)]
+
+
+def hyperparameters(lr, betas, eps, weight_decay):
+    return Hyperparameters(lr, *betas, eps, weight_decay)
+
+
+def gradients(shapes, steps, generator):
+    """Random tensors with zeros, outliers and a change of scale among them, so that every clamp is reached."""
+    for step in range(steps):
+        grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for i, g in enumerate(grads):
+            flat = g.view(-1)
+            if flat.numel() > 2:
+                flat[0] = 0.0
+                flat[1] *= 30.0
+            g *= 1e-3 if step == 3 else 1.0 + i
+        yield grads
+
+
+def assert_follows_reference(policy, shapes, layout, steps=6, hyper=HYPER, sizes=None):
+    """``update`` on ``layout``, which holds tensors of ``shapes``, against the transcription tensor by tensor."""
+    generator = torch.Generator().manual_seed(3)
+    config, weights = policy.config, {k: w.detach().double() for k, w in policy.weights().items()}
+    tensors = [torch.randn(shape, generator=generator, dtype=torch.float64) * 0.3 for shape in shapes]
+    references = [ReferenceTensor(policy, shape) for shape in shapes]
+    expected = [t.flatten().tolist() for t in tensors]
+    sizes = sizes or [t.numel() for t in tensors]
+
+    def pack(parts):
+        padded = [torch.cat([x.flatten(), x.new_zeros(n - x.numel())]) for x, n in zip(parts, sizes, strict=True)]
+        return torch.cat(padded)
+
+    param = pack(tensors)
+    state, cosine = update_rule.initial_state(config, param, len(shapes))
+    for t, grads in enumerate(gradients(shapes, steps, generator), start=1):
+        param, state, cosine = update_rule.update(
+            weights, config, layout, param, pack(grads), state, cosine, t, hyperparameters(**hyper)
+        )
+        expected = [
+            reference.step(p, g.flatten().tolist(), **hyper)
+            for reference, p, g in zip(references, expected, grads, strict=True)
+        ]
+        for i, (piece, p) in enumerate(zip(param.split(sizes), expected, strict=True)):
+            torch.testing.assert_close(piece[: len(p)], torch.tensor(p, dtype=torch.float64), rtol=1e-11, atol=1e-13)
+            assert cosine[0, i].item() == pytest.approx(references[i].cosine_fast, rel=1e-9, abs=1e-12)
+            assert cosine[1, i].item() == pytest.approx(references[i].cosine_slow, rel=1e-9, abs=1e-12)
+    for i, reference in enumerate(references):
+        planes = [reference.m, reference.v, *zip(*reference.h, strict=True)]
+        for plane, values in zip((state.exp_avg, state.exp_avg_sq, *state.hidden), planes, strict=True):
+            piece = plane.split(sizes)[i][: len(values)]
+            torch.testing.assert_close(piece, torch.tensor(values, dtype=torch.float64), rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_rule_equals_its_transcription(name, shape):
+    assert_follows_reference(POLICIES[name], [shape], Whole(shape))
+
+
+@pytest.mark.parametrize("align", [1, 8])
+@pytest.mark.parametrize("name", POLICIES)
+def test_tensors_side_by_side_equal_the_transcription_of_each(name, align):
+    layout = Segments(SHAPES, align=align)
+    assert_follows_reference(POLICIES[name], SHAPES, layout, sizes=layout.sizes)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed):
+    assert_follows_reference(random_policy(seed=seed, std=3.0), [(4, 3)], Whole((4, 3)), steps=12)
+    assert_follows_reference(random_policy(PolicyConfig.gru(), seed=seed, std=3.0), [(4, 3)], Whole((4, 3)), steps=12)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"agreement": 0.0},
+        {"agreement": 1.0},
+        {"features": ("u_h",)},
+        {"features": tuple(reversed(FEATURES))},
+        {"windows": (), "rates": (0.5, 0.1, 0.03, 1.0)},
+        {"windows": (1.0, 2.0, 8.0), "rates": (), "hidden_size": 3, "hidden_weights": (0.3, 0.2, 0.1)},
+        {"feature_bound": 0.5, "context_bound": 0.2, "head_bound": 0.1},
+        {"gate_bound": 1.0, "amplitude_bound": 1.0},
+        {"cosine_decays": (0.0, 0.5)},
+    ],
+)
+def test_every_field_of_the_configuration_means_what_the_transcription_says(changes):
+    policy = random_policy(PolicyConfig(**changes))
+    assert_follows_reference(policy, [(3, 4)], Whole((3, 4)))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"betas": (0.0, 0.5)},
+        {"betas": (0.95, 0.0)},
+        {"eps": 0.1},
+        {"lr": 0.0},
+        {"weight_decay": 0.0},
+        {"lr": 5.0, "weight_decay": 1.0},
+    ],
+)
+def test_every_hyperparameter_means_what_the_transcription_says(changes):
+    assert_follows_reference(random_policy(), [(3, 4)], Whole((3, 4)), hyper={**HYPER, **changes})
+
+
+@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize("shape", [(), (7,), (3, 5), (4, 2, 3, 3)])
+def test_step_equals_the_pure_rule(name, shape):
+    policy = POLICIES[name]
+    (param,) = leaves(shape, dtype=torch.float64)
+    optimizer = make([param], name, lr=0.01, weight_decay=0.1)
+    flat = param.detach().clone().view(-1)
+    state, cosine = update_rule.initial_state(policy.config, flat)
+    hyper = Hyperparameters(0.01, *policy.config.betas, policy.config.eps, 0.1)
+    weights = {k: w.detach() for k, w in policy.weights().items()}
+    for t in range(1, 6):
+        give_gradients([param], t)
+        flat, state, cosine = update_rule.update(
+            weights, policy.config, Whole(shape), flat, param.grad.view(-1), state, cosine, t, hyper
+        )
+        optimizer.step()
+        torch.testing.assert_close(param.detach().view(-1), flat, rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[param]["cosine_slow"], cosine[1, 0], rtol=1e-12, atol=1e-14)
+
+
+def test_the_rule_leaves_its_inputs_as_they_were():
+    policy = random_policy()
+    param, grad = torch.randn(5), torch.randn(5)
+    state, cosine = update_rule.initial_state(policy.config, param)
+    before = [x.clone() for x in (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, cosine)]
+    update_rule.update(
+        policy.weights(), policy.config, Whole((5,)), param, grad, state, cosine, 1, hyperparameters(**HYPER)
+    )
+    after = (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, cosine)
+    assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+
+
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru()], ids=["gated", "gru"])
+def test_every_meta_parameter_has_a_finite_gradient_that_is_not_zero(config):
+    policy = random_policy(config, std=0.05)
+    weights = {k: w.detach().clone().requires_grad_() for k, w in policy.weights().items()}
+    param = torch.randn(12, dtype=torch.float64)
+    state, cosine = update_rule.initial_state(policy.config, param)
+    generator = torch.Generator().manual_seed(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for t in range(1, 61):
+        grad = torch.randn(12, generator=generator, dtype=torch.float64) + 0.3
+        param, state, cosine = update_rule.update(
+            weights, policy.config, Whole((3, 4)), param, grad, state, cosine, t, hyperparameters(**HYPER)
+        )
+        total = total + (param * torch.arange(12)).sum()
+    total.backward()
+    for key, weight in weights.items():
+        assert weight.grad is not None
+        assert bool(weight.grad.isfinite().all()), key
+        live = weight.grad.abs().sum(-1) if weight.grad.ndim > 1 else weight.grad
+        if key == "head" and policy.config.agreement == 0.0:
+            live = live[[i for i in range(len(live)) if i != 3]]
+        assert bool((live != 0).all()), key
+
+
+def test_gradients_through_the_rule_are_those_of_finite_differences():
+    policy = Policy()
+    names, values = zip(*random_policy(std=0.1).weights().items(), strict=True)
+    grads = [torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+
+    def final(*weights):
+        param = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
+        state, cosine = update_rule.initial_state(policy.config, param)
+        for t, grad in enumerate(grads, start=1):
+            param, state, cosine = update_rule.update(
+                dict(zip(names, weights, strict=True)), policy.config, Whole((2, 3)), param, grad, state, cosine, t,
+                hyperparameters(**HYPER),
+            )  # fmt: skip
+        return param
+
+    inputs = tuple(value.detach().double().requires_grad_() for value in values)
+    assert torch.autograd.gradcheck(final, inputs, eps=1e-6, atol=1e-7, rtol=1e-4, nondet_tol=0.0)
+
+
+def test_the_first_hidden_unit_is_the_mean_of_the_normalised_gradients_over_a_growing_window():
+    """With k = 1 the window grows with t: h_1 is the plain mean of all u so far."""
+    policy = Policy(PolicyConfig(windows=(1.0, 16.0)))
+    param = torch.zeros(4, dtype=torch.float64)
+    state, cosine = update_rule.initial_state(policy.config, param)
+    seen = []
+    for t in range(1, 20):
+        grad = torch.randn(4, dtype=torch.float64)
+        v = 0.999 * state.exp_avg_sq + 0.001 * grad**2
+        seen.append(grad / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
+        _, state, cosine = update_rule.update(
+            {k: w.detach() for k, w in policy.weights().items()}, policy.config, Whole((4,)), param, grad, state,
+            cosine, t, Hyperparameters(0.0, 0.9, 0.999, 1e-8, 0.0),
+        )  # fmt: skip
+        torch.testing.assert_close(state.hidden[0], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-14)
+
+
+def test_padding_between_tensors_stays_zero():
+    layout = Segments([(3,), (2, 2)], align=16)
+    policy = random_policy()
+    param = torch.zeros(32)
+    param[:3], param[16:20] = 1.0, -1.0
+    grad = param.clone()
+    state, cosine = update_rule.initial_state(policy.config, param, 2)
+    weights = {k: w.detach() for k, w in policy.weights().items()}
+    for t in (1, 2, 3):
+        param, state, cosine = update_rule.update(
+            weights, policy.config, layout, param, grad, state, cosine, t, hyperparameters(**HYPER)
+        )
+    assert isinstance(state, CoordinateState)
+    for plane in (param, state.exp_avg, state.exp_avg_sq, *state.hidden):
+        assert torch.count_nonzero(plane[3:16]) == 0
+        assert torch.count_nonzero(plane[20:]) == 0
+        assert torch.count_nonzero(plane) == 7
+
+
+@pytest.mark.parametrize(
+    ("shape", "expected"),
+    [
+        ((), (0.0, 1.0, 0.0, 0.0)),
+        ((8,), (math.log(8), 1.0, 0.0, 0.0)),
+        ((6, 3), (math.log(18), 0.0, 0.0, math.log(2))),
+        ((4, 2, 3, 3), (math.log(72), 0.0, 1.0, math.log(2))),
+        ((0,), (0.0, 1.0, 0.0, 0.0)),
+        ((0, 3), (0.0, 0.0, 0.0, math.log(1 / 3))),
+    ],
+)
+def test_what_the_head_knows_about_a_shape(shape, expected):
+    assert Whole(shape).shape_context[:, 0].tolist() == pytest.approx(expected)
