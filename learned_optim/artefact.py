@@ -68,6 +68,7 @@ def pack(policy: Policy, results: Mapping[str, Any] | None = None, *, repo_id: s
     if results is not None:
         card.validate_results(results)
         packed[RESULTS] = _render(results)
+        _json(packed[RESULTS], RESULTS)  # {1: 0, "1": 0} is two keys in Python and one twice in JSON
     values = {
         "library": LIBRARY,
         "library_version": __version__,

@@ -75,8 +75,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:
-        # `learned-optim info default | head`: nobody reads on. The interpreter would complain when it flushes.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        # `learned-optim info default | head`: nobody reads on. The interpreter would complain when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (ValueError, OSError, ImportError) as error:  # what the library documents, PolicyError included
         return _fail(error, 1)

@@ -27,11 +27,22 @@ def tensor_shape_context(shape: Sequence[int]) -> tuple[float, float, float, flo
     return math.log(max(math.prod(shape), 1)), float(len(shape) <= 1), float(len(shape) >= 3), fan_ratio
 
 
-class Layout(Protocol):
-    """K tensors in a vector of n coordinates."""
+class Shapes(Protocol):
+    """What the head needs to know about the shapes of K tensors."""
 
-    numel: Tensor  #: [K], float64: coordinates of each whole tensor
-    shape_context: Tensor  #: [4, K], float64: see :func:`tensor_shape_context`
+    @property
+    def numel(self) -> Tensor:
+        """[K], float64: coordinates of each whole tensor."""
+        ...
+
+    @property
+    def shape_context(self) -> Tensor:
+        """[4, K], float64: see :func:`tensor_shape_context`."""
+        ...
+
+
+class Layout(Shapes, Protocol):
+    """K tensors in a vector of n coordinates."""
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """[n], [n] -> [K]: sums of products over each tensor."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from learned_optim import __version__
@@ -57,6 +58,17 @@ def in_our_words(
         )
     if isinstance(error, errors.HfHubHTTPError):
         return _status(error, repo_id, doing, push)
+    if isinstance(error, ValueError) and isinstance(error.__cause__, errors.HfHubHTTPError):
+        return in_our_words(error.__cause__, repo_id, revision, token, push=push)  # the client's "forced" wrapper
+    if isinstance(error, KeyError | json.JSONDecodeError):
+        return HubConnectionError(
+            f"cannot {doing}: {constants.ENDPOINT} does not answer like a Hub (its answer cannot be read), check "
+            "HF_ENDPOINT and your proxy"
+        )
+    if isinstance(error, RuntimeError):  # all that the transfer of large files by hf_xet raises
+        reason = " ".join(str(error).split())[:200]
+        remedy = "try again, or set HF_HUB_DISABLE_XET=1"
+        return HubConnectionError(f"cannot {doing}: the transfer failed ({reason}): {remedy}")
     if isinstance(error, OSError) and "Consistency check failed" in str(error):
         return HubConnectionError(f"damaged download: {_CUT.format(repo_id)}")
     return _transport(error, doing, repo_id)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+AT_ONCE = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +37,7 @@ class Clients:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._numbers = itertools.count()
+        self._started: list[Path] = []
         self._parent = subprocess.Popen(
             [sys.executable, "-W", "error", __file__], stdin=subprocess.PIPE, text=True, cwd=ROOT,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -43,8 +45,11 @@ class Clients:
 
     def start(self, code: str, environment: dict[str, str]) -> Path:
         """Run ``code`` in a client; returns what :meth:`wait` takes."""
+        while sum(not (place / "returncode").exists() for place in self._started) >= AT_ONCE:
+            time.sleep(0.01)
         place = self._folder / str(next(self._numbers))
         place.mkdir()
+        self._started.append(place)
         assert self._parent.stdin
         self._parent.stdin.write(json.dumps([code, environment, str(place)]) + "\n")
         self._parent.stdin.flush()

@@ -169,9 +169,9 @@ class _Handler(BaseHTTPRequestHandler):
         content = json.loads(self.body)["content"]
         errors = []
         try:
-            if not isinstance(yaml.safe_load(content.split("---")[1]), dict):
+            if not isinstance(yaml.safe_load(content.split("\n---\n")[0]), dict):
                 errors.append({"message": "the metadata is not an object"})
-        except (yaml.YAMLError, IndexError) as error:
+        except yaml.YAMLError as error:
             errors.append({"message": str(error)})
         self._json({"errors": errors, "warnings": []}, 400 if errors else 200)
 

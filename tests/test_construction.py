@@ -128,7 +128,9 @@ def test_it_can_be_printed():
     assert POLICIES["random"].fingerprint() in text
 
 
-@pytest.mark.parametrize("lr", [1, np.float32(0.5), np.float64(0.5), np.int64(1), torch.tensor(0.5), torch.tensor([0.5])])
+@pytest.mark.parametrize(
+    "lr", [1, np.float32(0.5), np.float64(0.5), np.int64(1), torch.tensor(0.5), torch.tensor([0.5])]
+)
 def test_lr_may_be_any_number(lr):
     (p,) = leaves((3,))
     optimizer = make([p], lr=lr)

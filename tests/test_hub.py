@@ -102,6 +102,7 @@ def test_an_interrupted_save_never_leaves_a_mixture_that_loads(
     (lambda p: setattr(p, "head", torch.nn.Parameter(torch.zeros(2))), "not those of the configuration"),
     (lambda p: setattr(p, "config", PolicyConfig(momentum_weight=1e30)), "'momentum_weight' holds 1e\\+30"),
     (lambda p: setattr(p, "results", {"x": float("inf")}), "not plain JSON"),
+    (lambda p: setattr(p, "results", {"x": {1: 0, "1": 0}}), "results.json cannot be read"),
     (lambda p: setattr(p, "results", {"notes": "a"}), "results.notes must be a list of texts"),
 ])  # fmt: skip
 def test_what_could_not_be_loaded_again_is_not_saved(change, message: str, tmp_path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-import resource
 import struct
 import sys
 import time
@@ -19,6 +18,7 @@ from learned_optim.errors import InvalidPolicyError, PolicyNotFoundError
 from learned_optim.filenames import CONFIG, RESULTS, WEIGHTS
 from learned_optim.hub import load_policy
 
+resource = pytest.importorskip("resource")
 COUNT = 1000
 Files = dict[str, bytes]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ from loopback_hub import OWNER, READER, Fault, LoopbackHub
 
 from learned_optim import Policy, artefact
 from learned_optim.filenames import CONFIG, WEIGHTS
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="clients are forked")
 
 GOOD = artefact.pack(Policy())
 #: The command first, then the same from Python: the one must not print more than its line, the other must raise.
@@ -83,14 +86,14 @@ def changed(data: bytes) -> bytes:
 ID = r"\(request id Root=\d+\)"
 URL = r"http://127\.0\.0\.1:\d+"
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN"
+MISSING = "REPO does not exist on the Hub or is private: check the name, and if it is private "
 FAILURES = {
     "no repository": Failure(
-        FileNotFoundError, f"REPO does not exist on the Hub or is private: check the name, and if it is private {LOG_IN}",
-        files=None, cause="RepositoryNotFoundError",
+        FileNotFoundError, f"{MISSING}{LOG_IN}", files=None, cause="RepositoryNotFoundError",
     ),
     "private": Failure(
-        FileNotFoundError, "REPO does not exist on the Hub or is private: check the name, and if it is private see that "
-        "the token may read it", private=True, token="hf_other", cause="RepositoryNotFoundError",
+        FileNotFoundError, f"{MISSING}see that the token may read it", private=True, token="hf_other",
+        cause="RepositoryNotFoundError",
     ),
     "gated": Failure(
         PermissionError, f"REPO is gated: ask for access at {URL}/REPO, and {LOG_IN}", gated=True,
@@ -195,8 +198,8 @@ FAILURES = {
         fault=Fault("", status=404), cause="HfHubHTTPError",
     ),
     "error 418": Failure(
-        ConnectionError, f"cannot pull REPO: the Hub refused the request with error 418 {ID}: .*",
-        fault=Fault("", status=418), cause="HfHubHTTPError",
+        ConnectionError, f"cannot pull REPO: the Hub refused the request with error 418 {ID}: I am a teapot",
+        fault=Fault("", status=418, headers={"X-Error-Message": "I am\ta teapot"}), cause="HfHubHTTPError",
     ),
     "wrong token": Failure(
         PermissionError, f"cannot pull REPO: the Hub does not accept the token {ID}: {LOG_IN}", token="hf_wrong",
@@ -205,6 +208,7 @@ FAILURES = {
     "slow": Failure(
         ConnectionError, f"cannot pull REPO: {URL} did not answer in time: try again, or allow more seconds with "
         "HF_HUB_ETAG_TIMEOUT and HF_HUB_DOWNLOAD_TIMEOUT", fault=Fault("", wait=3.0), cause="ReadTimeout",
+        environment={"HF_HUB_ETAG_TIMEOUT": "1"},
     ),
     "not a Hub": Failure(
         ConnectionError, rf"cannot pull REPO: {URL} does not answer like a Hub \(a header is missing\), check "
@@ -253,6 +257,11 @@ FAILURES = {
         ConnectionError, f"cannot push to REPO: the Hub failed with error 500 {ID}: try again later", push=(),
         token=OWNER, fault=Fault("/commit/", status=500), cause="HfHubHTTPError",
     ),
+    "push and nonsense": Failure(
+        ConnectionError, rf"cannot push to REPO: {URL} does not answer like a Hub \(its answer cannot be read\), check "
+        "HF_ENDPOINT and your proxy", push=(), token=OWNER, fault=Fault("/preupload/", status=200),
+        cause="JSONDecodeError",
+    ),
     "push and nobody there": Failure(
         ConnectionError, r"cannot push to REPO: http://127\.0\.0\.1:9 cannot be reached: check the connection and "
         "HF_ENDPOINT", push=(), token=OWNER, environment={"HF_ENDPOINT": "http://127.0.0.1:9"}, cause="ConnectError",
@@ -281,9 +290,8 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Cal
                 if failure.fault.pattern.startswith(("GET", "HEAD")):
                     method, _, rest = failure.fault.pattern.partition(" ")
                     hub.faults[-1].pattern = f"{method} /{repo}{rest}"
-            environment = {"HF_HUB_ETAG_TIMEOUT": "1", "HF_HUB_DOWNLOAD_TIMEOUT": "1", **failure.environment}
             code = CLIENT.format(arguments=arguments(failure, repo, folder), call=call(failure, repo))
-            home = hub.environment(folder / f"home{number}", failure.token, **environment)
+            home = hub.environment(folder / f"home{number}", failure.token, **failure.environment)
             waiting[case] = clients.start(code, home), repo
         yield {case: lambda place=place, repo=repo: outcome(clients, place, repo)
                for case, (place, repo) in waiting.items()}  # fmt: skip

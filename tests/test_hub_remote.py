@@ -19,6 +19,8 @@ from learned_optim import Policy, artefact
 from learned_optim.filenames import CARD, CONFIG, RESULTS, WEIGHTS
 from learned_optim.hub import load_policy
 
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="clients are forked")
+
 Client = Callable[..., Finished]
 
 #: Pulls a policy, makes five steps with it, and prints everything that must be the same everywhere.

@@ -1,0 +1,153 @@
+"""All estimators point the same way on a problem whose gradient is known."""
+
+import pytest
+import torch
+from small_tasks import Quadratic
+from support import random_policy
+
+from learned_optim.meta_train import MetaTrainConfig
+from learned_optim.meta_train.combine import Combiner
+from learned_optim.meta_train.estimators import (
+    ES,
+    PES,
+    BackpropTruncated,
+    Estimate,
+    combine_by_inverse_variance,
+)
+from learned_optim.meta_train.meta_loss import META_LOSSES, mean_along
+from learned_optim.meta_train.trajectories import TaskSource
+from learned_optim.tasks.rollout import Curve
+
+LEARNED = ("amplitude",)
+
+
+class OneQuadratic(Quadratic):
+    """The same trajectory whatever the seed: then every estimator has one gradient to find."""
+
+    def init(self, rng):
+        return super().init(torch.Generator().manual_seed(0))
+
+    def batches(self, rng):
+        return super().batches(torch.Generator().manual_seed(1))
+
+
+def settings(**changes):
+    return MetaTrainConfig(**{"meta_loss": "sum", "max_length": 12, "inner_lr": 3e-2, "sigma": 0.05, **changes})
+
+
+def make(cls, **changes):
+    config = settings(**changes)
+    policy = random_policy()
+    return cls(TaskSource([OneQuadratic()], config, policy.config), config, mean_along), policy
+
+
+@pytest.fixture(scope="module")
+def exact():
+    estimator, policy = make(BackpropTruncated, unroll_length=12, second_order=True)
+    estimate = estimator.estimate(policy, LEARNED, 0, 0)
+    assert estimate.inner_steps == 12
+    return estimate.gradient["amplitude"].double()
+
+
+def check_mean_against(samples, exact):
+    """Every coordinate within four standard errors, and those errors small beside the gradient."""
+    stack = torch.stack(samples).double()
+    error = stack.std(0) / len(stack) ** 0.5
+    assert float(error.norm()) < 0.35 * float(exact.norm())
+    assert bool(((stack.mean(0) - exact).abs() < 4 * error + 0.02 * exact.norm()).all()), (stack.mean(0), exact, error)
+
+
+def test_es_finds_the_known_gradient(exact):
+    estimator, policy = make(ES)
+    check_mean_against([estimator.estimate(policy, LEARNED, s, 0).gradient["amplitude"] for s in range(150)], exact)
+
+
+def test_pes_finds_the_gradient_of_the_whole_trajectory_from_windows(exact):
+    estimator, policy = make(PES, unroll_length=4)
+    samples = []
+    for slot in range(150):
+        windows = [estimator.estimate(policy, LEARNED, slot, step).gradient["amplitude"] for step in range(3)]
+        samples.append(torch.stack(windows).mean(0))
+    check_mean_against(samples, exact)
+
+
+def test_first_order_back_propagation_is_biased_but_points_the_right_way(exact):
+    estimator, policy = make(BackpropTruncated, unroll_length=12)
+    found = estimator.estimate(policy, LEARNED, 0, 0).gradient["amplitude"].double()
+    assert float(torch.cosine_similarity(found, exact, dim=0)) > 0.5
+    assert float((found - exact).norm()) > 1e-3 * float(exact.norm())
+
+
+def test_truncated_windows_walk_along_one_trajectory_and_then_begin_another():
+    estimator, policy = make(BackpropTruncated, unroll_length=5)
+    steps = [estimator.estimate(policy, LEARNED, 0, i).inner_steps for i in range(4)]
+    assert steps == [5, 5, 2, 5]
+    assert estimator.running[0].begun_at == 3
+
+
+def test_an_estimate_depends_on_slot_and_outer_step_alone():
+    for cls in (ES, PES, BackpropTruncated):
+        first, policy = make(cls)
+        second, _ = make(cls)
+        second.estimate(policy, LEARNED, 1, 0)
+        a, b = first.estimate(policy, LEARNED, 0, 0), second.estimate(policy, LEARNED, 0, 0)
+        assert torch.equal(a.gradient["amplitude"], b.gradient["amplitude"])
+
+
+def test_a_diverged_run_counts_as_slow_and_not_as_infinite():
+    good, bad = Curve([2.0, 1.0, 0.5, 0.25], None), Curve([2.0, *[float("inf")] * 3], None)
+    assert ES.log_slowness(bad, good) == ES.BOUND
+    assert ES.log_slowness(good, bad) == -ES.BOUND
+    assert ES.log_slowness(bad, bad) == 0.0
+
+
+def test_half_the_loss_exponent_counts_as_a_log_speedup():
+    """Losses that fall as a power of time: twice as fast is a log-speedup of log 2, whatever the power."""
+    for power in (0.3, 1.0):
+        slow = Curve([(t + 1) ** -power for t in range(400)], None)
+        fast = Curve([(2 * t + 2) ** -power for t in range(400)], None)
+        assert ES.log_slowness(slow, fast) == pytest.approx(0.693, rel=0.03)
+
+
+def test_inverse_variance_trusts_the_quieter_estimator():
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.tensor([1.0, -2.0])
+    quiet = [{"w": truth + 0.01 * torch.randn(2, generator=generator)} for _ in range(8)]
+    loud = [{"w": truth + 5.0 * torch.randn(2, generator=generator)} for _ in range(8)]
+    torch.testing.assert_close(combine_by_inverse_variance([quiet, loud])["w"], truth, rtol=0, atol=0.02)
+    with pytest.raises(ValueError, match="at least two"):
+        combine_by_inverse_variance([quiet[:1], loud])
+
+
+def estimate(value, slot=0, family="f"):
+    return Estimate(slot, family, {"w": torch.full((4,), float(value))}, 0.0, 1)
+
+
+def test_one_exploding_task_cannot_outvote_the_others():
+    combiner = Combiner(clip=5.0, by_family=False)
+    for _ in range(5):
+        combiner([estimate(1.0), estimate(-1.0, 1)], ["w"])
+    gradient = combiner([estimate(1.0), estimate(-1e6, 1), estimate(1.0, 2)], ["w"])["w"]
+    assert combiner.clipped == 1
+    torch.testing.assert_close(gradient, torch.full((4,), -1.0))
+
+
+def test_non_finite_estimates_are_dropped_and_counted():
+    combiner = Combiner(clip=5.0, by_family=False)
+    gradient = combiner([estimate(2.0), estimate(float("nan"), 1), estimate(float("inf"), 2)], ["w"])["w"]
+    assert combiner.dropped == 2
+    torch.testing.assert_close(gradient, torch.full((4,), 2.0))
+
+
+def test_families_of_large_gradients_do_not_drown_the_others():
+    combiner = Combiner(clip=5.0, by_family=True)
+    for _ in range(50):
+        gradient = combiner([estimate(1000.0, 0, "loud"), estimate(-1.0, 1, "quiet")], ["w"])["w"]
+    torch.testing.assert_close(gradient, torch.zeros(4), rtol=0, atol=1e-3)
+
+
+def test_meta_losses_are_what_they_say():
+    losses = torch.tensor([4.0, 2.0, 1.0])
+    assert float(META_LOSSES["final"](losses, 2.0)) == 1.0
+    assert float(META_LOSSES["sum"](losses, 2.0)) == pytest.approx(7 / 3)
+    assert float(META_LOSSES["log_ratio"](losses, 2.0)) == pytest.approx(0.0, abs=1e-6)
