@@ -119,8 +119,8 @@ def main() -> None:
         print(f"{name}: {args.seeds} runs of {args.steps} steps ...", flush=True)
         return [train(make, seed, args.steps, cosine) for seed in range(args.seeds)]
 
-    default = "AdamW"
-    runs = {default: run(default, torch.optim.AdamW), "LearnedOptimizer": run("LearnedOptimizer", LearnedOptimizer)}
+    default, learned = "AdamW (defaults)", "LearnedOptimizer (defaults)"
+    runs = {default: run(default, torch.optim.AdamW), learned: run(learned, LearnedOptimizer)}
     if args.tuned:
         tried = {}
         for lr in (1e-3, 3e-3, 1e-2, 3e-2):
@@ -128,12 +128,12 @@ def main() -> None:
                 name = f"AdamW, lr {lr:g} {kind}"
                 tried[name] = run(name, lambda params, lr=lr: torch.optim.AdamW(params, lr=lr), kind == "cosine")
         best = min(tried, key=lambda name: sum(r["train"][-1] for r in tried[name]))
-        runs[f"best of 8: {best}"] = tried[best]
+        runs[f"{best} (best of 8)"] = tried[best]
     table = {name: summary(results, runs[default]) for name, results in runs.items()}
     print(f"\nHandwritten digits, {args.steps} steps; mean ± standard deviation of {args.seeds} seeds\n")
-    print(" " * 22, *(f"{name:>22}" for name in table))
+    print(" " * 22, *(f"{name:>28}" for name in table))
     for row in table[default]:
-        print(f"{row:22}", *(f"{column[row]:>{max(22, len(name))}}" for name, column in table.items()))
+        print(f"{row:22}", *(f"{column[row]:>{max(28, len(name))}}" for name, column in table.items()))
     plot(runs, args.out / "curves.png")
     print(f"\nCurves: {args.out / 'curves.png'}")
     if args.json:

@@ -2,7 +2,8 @@
 
 A subcommand is a dataclass, whose fields are its arguments (see tyro), and a function that takes it; :data:`COMMANDS`
 names both. Neither is imported before the subcommand is chosen, and the dataclass belongs into a module without torch,
-so that no ``--help`` waits for it. The function prints its result and returns nothing; its errors are exceptions.
+so that no ``--help`` waits for it. The function prints its result and returns its exit status (or nothing: 0); its
+errors are exceptions.
 
 Exit status: 0 done · 1 failed, one line on stderr says why · 2 wrong arguments, one line likewise · 130 interrupted.
 """
@@ -46,6 +47,13 @@ class Command:
 
 #: In the order of ``--help``.
 COMMANDS = {
+    "meta-train": Command(
+        "make an update rule of your own", "learned_optim.meta_train.command:MetaTrain",
+        "learned_optim.meta_train.command:run",
+    ),
+    "plot": Command(
+        "draw a meta-training run", "learned_optim.meta_train.command:Plot", "learned_optim.meta_train.command:plot"
+    ),
     "info": Command("what a policy is and how it did", "learned_optim.commands:Info", "learned_optim.commands:info"),
     "pull": Command("get a policy from the Hub", "learned_optim.commands:Pull", "learned_optim.commands:pull"),
     "push": Command("publish a policy on the Hub", "learned_optim.commands:Push", "learned_optim.commands:push"),
@@ -68,7 +76,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     try:
         with _plain_warnings():
-            _run(arguments)
+            status = _run(arguments)
             sys.stdout.flush()
     except UsageError as error:
         return _fail(error, 2)
@@ -78,12 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         # `learned-optim info default | head`: nobody reads on. The interpreter would complain when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except (ValueError, OSError, ImportError) as error:  # what the library documents, PolicyError included
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:  # what the library documents
         return _fail(error, 1)
-    return 0
+    return status
 
 
-def _run(arguments: list[str]) -> None:
+def _run(arguments: list[str]) -> int:
+    status = None
     name = arguments[0] if arguments else "--help"
     if name in ("--help", "-h", "help"):
         print(_overview())
@@ -93,10 +102,11 @@ def _run(arguments: list[str]) -> None:
         command = COMMANDS[name]
         config = _parse(_load(command.config), name, arguments[1:])
         if config is not None:
-            _load(command.run)(config)
+            status = _load(command.run)(config)
     else:
         what = "option" if name.startswith("-") else "command"
         raise UsageError(f"unknown {what} {name!r}{_nearest(name, [*COMMANDS, '--help', '--version'])}")
+    return status or 0
 
 
 def _overview() -> str:

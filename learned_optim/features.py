@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.coordinates import Layout, Spread
+from learned_optim.coordinates import Layout, Shapes, Spread
 from learned_optim.policy import PolicyConfig
 
 
@@ -53,7 +53,7 @@ class TensorStatistics(NamedTuple):
     cosine: Tensor  #: between the gradient and the previous momentum, both over sqrt(v); 0 where either is zero
 
 
-def statistics(layout: Layout, sums: TensorSums) -> TensorStatistics:
+def statistics(layout: Shapes, sums: TensorSums) -> TensorStatistics:
     """Means and cosines from sums; float64, so that rounding does not depend on which tensors are batched."""
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / layout.numel for s in sums)
     tiny = torch.finfo(torch.float32).tiny
@@ -69,7 +69,7 @@ def _root(mean_square: Tensor) -> Tensor:
 
 
 def tensor_context(
-    config: PolicyConfig, layout: Layout, stats: TensorStatistics, cosine: Tensor, step: Spread
+    config: PolicyConfig, layout: Shapes, stats: TensorStatistics, cosine: Tensor, step: Spread
 ) -> Tensor:
     """The head's inputs.
 

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_optim.backends import Job, arithmetic_dtype, make_backend
+from learned_optim.backends import Job, arithmetic_dtype
 from learned_optim.cells import Hyperparameters
+from learned_optim.compiled import make_backend
 from learned_optim.policy import Policy
 
 if TYPE_CHECKING:
@@ -154,6 +155,7 @@ class LearnedOptimizer(Optimizer):
                     f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
                     f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
                 )
+        self._backend.prepare([p for params in with_grad for p in params])
         for group, params in zip(self.param_groups, with_grad, strict=True):
             if params:
                 beta1, beta2 = group["betas"]

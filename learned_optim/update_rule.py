@@ -36,7 +36,7 @@ from learned_optim.cells import (
     gru_cell,
     step_numbers,
 )
-from learned_optim.coordinates import Layout, Spread
+from learned_optim.coordinates import Layout, Shapes, Spread
 from learned_optim.features import TensorSums, coordinate_features, statistics, tensor_context, tensor_sums
 from learned_optim.policy import PolicyConfig
 
@@ -59,7 +59,7 @@ def measure(layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState,
 def coefficients(
     weights: Mapping[str, Tensor],
     config: PolicyConfig,
-    layout: Layout,
+    layout: Shapes,
     sums: TensorSums,
     cosine: Tensor,
     step: Spread,

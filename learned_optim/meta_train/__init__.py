@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learned_optim.meta_train.config import MetaTrainConfig as MetaTrainConfig
-    from learned_optim.meta_train.outer_loop import MetaTrainResult as MetaTrainResult, meta_train as meta_train
+    from learned_optim.meta_train.outer_loop import MetaTrainResult as MetaTrainResult
+    from learned_optim.meta_train.outer_loop import meta_train as meta_train
 
 _WHERE = {"MetaTrainConfig": "config", "MetaTrainResult": "outer_loop", "meta_train": "outer_loop"}
 __all__ = ["MetaTrainConfig", "MetaTrainResult", "meta_train"]

@@ -25,7 +25,7 @@ class MetaTrainConfig:
         tasks: names of families of the zoo, or the tags ``train``, ``validation``, ``all``. Ignored where the Python
             API is given tasks.
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
-            random weights), or whatever ``Policy.from_pretrained`` takes. ``--from`` on the command line.
+            random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
         parts: parts of the policy that are learned; empty means all that it has.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
@@ -37,9 +37,8 @@ class MetaTrainConfig:
         checkpoint_segment: inner steps whose graph is recomputed in the backward pass together, so that memory grows
             with the root of ``unroll_length``; 0 keeps the whole graph (``backprop``).
         meta_loss: of a window: ``final`` is the last loss, ``sum`` the mean along it, ``log_ratio`` the mean of
-            log(loss / reference), which weighs tasks of unlike loss scales alike. ``es`` over whole trajectories
-            takes the log-loss, smoothed, at half time and at the end, over the slope of the reference where that is
-            known (a log-speedup), else as it is.
+            log(loss / loss at the beginning), which weighs tasks of unlike loss scales alike. ``es`` compares
+            whole trajectories by their log-speedup instead.
         held_out: take the meta-loss on the task's held-out data where it has any (``backprop``).
         max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own.
         curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
@@ -166,11 +165,8 @@ class MetaTrainConfig:
         if not path.is_file():
             raise FileNotFoundError(f"no such settings file: {path}")
         try:
-            if path.suffix == ".toml":
-                values = _toml().loads(path.read_text())
-            else:
-                values = json.loads(path.read_text())
-            return cls.from_dict(values)
+            read = _toml().loads if path.suffix == ".toml" else json.loads
+            return cls.from_dict(read(path.read_text()))
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 

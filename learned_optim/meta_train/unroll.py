@@ -31,6 +31,9 @@ class UnrollOptions(NamedTuple):
     segment: int = 0
 
 
+FIRST_ORDER = UnrollOptions()
+
+
 def unroll(
     weights: Mapping[str, Tensor],
     config: PolicyConfig,
@@ -38,7 +41,7 @@ def unroll(
     state: InnerState,
     batches: Sequence[Any],
     hyper: Hyperparameters,
-    options: UnrollOptions = UnrollOptions(),
+    options: UnrollOptions = FIRST_ORDER,
 ) -> tuple[InnerState, Tensor]:
     """T inner steps.
 

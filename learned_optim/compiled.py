@@ -1,0 +1,251 @@
+"""The update rule run by compiled kernels, and the choice between that and plain torch operations."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from learned_optim import update_rule
+from learned_optim.backends import COPIED, Backend, EagerBackend, Flat, Head, Job, Unit, copy_all, run_waves
+from learned_optim.cells import Hyperparameters
+from learned_optim.features import TensorSums
+from learned_optim.kernels import WIDTH, CompilationError, Kernels, Kind, find_compiler, flat_weights, kernels
+from learned_optim.policy import Policy
+
+#: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
+#: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
+WORTH_COMPILING = 1_000_000
+
+
+class CompiledBackend:
+    """Two kernels per tensor, straight on its memory; what does not fill a row is copied into rows side by side."""
+
+    def __init__(self, policy: Policy, why: str = "") -> None:
+        self.name = f"compiled ({why})" if why else "compiled"
+        self.head = Head(policy)
+        self._weights: dict[tuple, Tensor] = {}
+
+    def prepare(self, params: list[Tensor]) -> None:
+        pass
+
+    def kernels(self, jobs: list[Job]) -> Kernels:
+        """Those for tensors like the first of ``jobs``."""
+        return kernels(Kind(self.head.config, jobs[0].param.device.type, tuple(t.dtype for t in jobs[0].tensors)))
+
+    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
+        run_waves(self.head, self._units([job for job in jobs if job.param.numel() > 0], hyper))
+
+    def weights(self, like: Tensor) -> Tensor:
+        key = (like.dtype, like.device)
+        if key not in self._weights:
+            self._weights[key] = flat_weights(self.head.config, self.head.weights, like)
+        return self._weights[key]
+
+    def _units(self, jobs: list[Job], hyper: Hyperparameters) -> Iterator[tuple[Unit, int]]:
+        kinds: dict[tuple, list[Job]] = {}
+        for job in jobs:
+            kinds.setdefault((job.param.device, *(t.dtype for t in job.tensors)), []).append(job)
+        for same_kind in kinds.values():
+            for several, copied in _waves(same_kind):
+                yield _Rows(self, several, hyper), copied
+
+
+def _waves(jobs: list[Job]) -> Iterator[tuple[list[Job], int]]:
+    """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
+    wave: list[Job] = []
+    copied = 0
+    for job in jobs:
+        size = -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
+        if not all(t.is_contiguous() for t in job.tensors):
+            size += job.param.numel()  # at most
+        if wave and copied + size > COPIED:
+            yield wave, copied
+            wave, copied = [], 0
+        wave.append(job)
+        copied += size
+    if wave:
+        yield wave, copied
+
+
+def _split(numel: int) -> tuple[int, int]:
+    """Rows that are used where they lie, and coordinates that are copied. Kernels take two rows or more."""
+    rows = numel // WIDTH
+    return (rows, numel - rows * WIDTH) if rows >= 2 else (0, numel)
+
+
+class _Plan:
+    """Which rows belong to which tensor: first the rows of each tensor in place, then the copied ones.
+
+    Args:
+        numels: coordinates of each tensor.
+    """
+
+    def __init__(self, numels: tuple[int, ...], device: torch.device) -> None:
+        split = [_split(n) for n in numels]
+        self.in_place = [(k, rows) for k, (rows, _) in enumerate(split) if rows]
+        self.copied = [(k, size) for k, (_, size) in enumerate(split) if size]
+        self.copied_rows = [-(-size // WIDTH) for _, size in self.copied]
+        pieces = [rows for _, rows in self.in_place]
+        lengths = [*pieces, *self.copied_rows]
+        owners = [k for k, _ in (*self.in_place, *self.copied)]
+        if self.copied:
+            empty = int(sum(self.copied_rows) == 1)  # kernels take two rows or more
+            lengths[-1] += empty
+            pieces.append(sum(self.copied_rows) + empty)
+        self.pieces = pieces  #: rows of each run of the kernels
+        self.lengths = torch.tensor(lengths, device=device)
+        self.owners = torch.tensor(owners, device=device)
+        self.owner_of_row = self.owners.repeat_interleave(self.lengths)
+
+
+@lru_cache(maxsize=64)
+def _plan(numels: tuple[int, ...], device: torch.device) -> _Plan:
+    return _Plan(numels, device)
+
+
+class _Rows:
+    """Tensors of the same dtypes on the same device, as rows."""
+
+    def __init__(self, backend: CompiledBackend, jobs: list[Job], hyper: Hyperparameters) -> None:
+        self.backend, self.jobs = backend, jobs
+        self.kernels = backend.kernels(jobs)
+        first = jobs[0]
+        device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
+        self.plan = plan = _plan(tuple(job.param.numel() for job in jobs), device)
+        self.flats = [Flat(job) for job in jobs]
+        self.pieces = [
+            [t[: rows * WIDTH].view(rows, WIDTH).detach() for t in self.flats[k].vectors] for k, rows in plan.in_place
+        ]
+        if plan.copied:
+            copied = [torch.zeros(plan.pieces[-1], WIDTH, dtype=t.dtype, device=device) for t in first.tensors]
+            tails = zip(*(self.flats[k].vectors for k, _ in plan.copied), strict=True)
+            for plane, sources in zip(copied, tails, strict=True):
+                copy_all(self._places(plane), self._tails(sources))
+            self.pieces.append(copied)
+        steps = {job.step: update_rule.step_numbers(job.step, hyper) for job in jobs}
+        numbers = torch.tensor([steps[job.step] for job in jobs], dtype=dtype, device=device)
+        self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
+
+    def measure(self) -> TensorSums:
+        plan, measure = self.plan, self.kernels.measure
+        sums = [measure([*planes[:5], now])[0] for planes, now in zip(self.pieces, self.numbers, strict=True)]
+        by_piece = torch.segment_reduce(torch.cat(sums, 1).double().T.contiguous(), "sum", lengths=plan.lengths, axis=0)
+        by_job = by_piece.new_zeros(len(self.jobs), by_piece.shape[1]).index_add_(0, plan.owners, by_piece)
+        return TensorSums(*by_job.T.unbind())
+
+    def apply(self, values: Tensor) -> None:
+        coefficients = values.T.to(self.numbers[0].dtype).index_select(0, self.plan.owner_of_row)
+        weights = self.backend.weights(coefficients)
+        for planes, now, c in zip(self.pieces, self.numbers, coefficients.split(self.plan.pieces), strict=True):
+            self.kernels.apply([*planes, now, c, weights])
+        if self.plan.copied:
+            tails = zip(*(self.flats[k].vectors for k, _ in self.plan.copied), strict=True)
+            for i, (plane, targets) in enumerate(zip(self.pieces[-1], tails, strict=True)):
+                if i != 1:  # the gradient stays
+                    copy_all(self._tails(targets), self._places(plane))
+        for flat in self.flats:
+            flat.write_back()
+
+    def _tails(self, vectors: tuple[Tensor, ...]) -> list[Tensor]:
+        return [t[t.numel() - size :] for t, (_, size) in zip(vectors, self.plan.copied, strict=True)]
+
+    def _places(self, plane: Tensor) -> list[Tensor]:
+        """The copied coordinates of each tensor in a plane of rows."""
+        used = plane.view(-1)[: sum(self.plan.copied_rows) * WIDTH]
+        places = used.split([rows * WIDTH for rows in self.plan.copied_rows])
+        return [place[:size] for place, (_, size) in zip(places, self.plan.copied, strict=True)]
+
+
+class ChosenBackend:
+    """Compiled kernels where they are wanted and can be had, plain torch operations elsewhere.
+
+    What is used is decided at the first step, per device and dtype, from the number of parameters in it and from
+    whether there is a compiler: a run that is resumed in the same environment goes on with the same bits.
+
+    Args:
+        policy: the rule's.
+        always: compile whatever the size of the model.
+    """
+
+    def __init__(self, policy: Policy, always: bool) -> None:
+        self.always = always
+        self._eager, self._compiled = EagerBackend(policy), CompiledBackend(policy)
+        self._chosen: dict[tuple[str, torch.dtype], bool] = {}
+        self._reasons: dict[str, None] = {}
+        self._failed = False
+
+    @property
+    def name(self) -> str:
+        return "; ".join(self._reasons) or "not chosen before the first step"
+
+    def prepare(self, params: list[Tensor]) -> None:
+        sizes: dict[tuple[str, torch.dtype], int] = {}
+        for p in params:
+            key = (p.device.type, p.dtype.to_real())
+            if key not in self._chosen:
+                sizes[key] = sizes.get(key, 0) + p.numel() * (2 if p.is_complex() else 1)
+        for (device, dtype), size in sizes.items():
+            count = f"{size:,} parameters" if not self._chosen and len(sizes) == 1 else f"{size:,} {dtype} parameters"
+            compiled, why = self._choice(device, size)
+            self._chosen[device, dtype] = compiled
+            self._reasons[f"{'compiled' if compiled else 'eager'} ({count}{why})"] = None
+
+    def _choice(self, device: str, size: int) -> tuple[bool, str]:
+        if self._failed:
+            return False, "; compilation failed"
+        if self.always:
+            return True, ""
+        if self._eager.head.config.cell != "gated":
+            return False, "; only the gated cell is compiled"
+        if size < WORTH_COMPILING:
+            return False, f", compiled from {WORTH_COMPILING:,}"
+        if find_compiler(device) is None:
+            return False, f"; no compiler for {device}"
+        return True, ""
+
+    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
+        compiled, eager = [], []
+        for job in jobs:
+            key = (job.param.device.type, job.param.dtype)
+            (compiled if self._chosen.get(key, False) else eager).append(job)
+        try:
+            for job in compiled:
+                self._compiled.kernels([job])
+        except CompilationError as error:
+            self._fail(error)
+            compiled, eager = [], jobs
+        if compiled:
+            self._compiled.run(compiled, hyper)
+        if eager:
+            self._eager.run(eager, hyper)
+
+    def _fail(self, error: CompilationError) -> None:
+        self._failed = True
+        self._chosen = dict.fromkeys(self._chosen, False)
+        self._reasons = {f"eager (compilation failed: {error})": None}
+        _warn_once(str(error))
+
+
+@lru_cache(maxsize=None)
+def _warn_once(reason: str) -> None:
+    warnings.warn(
+        f"learned_optim: the update rule could not be compiled and runs as plain torch operations, about five times "
+        f"slower: {reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def make_backend(name: str, policy: Policy) -> Backend:
+    """The backend of that name: ``"eager"``, ``"compiled"`` or ``"auto"``.
+
+    Raises:
+        ValueError: another name.
+    """
+    if name not in ("auto", "eager", "compiled"):
+        raise ValueError(f"Invalid backend: {name!r}; choose 'auto', 'eager' or 'compiled'")
+    return EagerBackend(policy) if name == "eager" else ChosenBackend(policy, always=name == "compiled")

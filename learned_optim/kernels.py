@@ -1,0 +1,240 @@
+"""The update rule's two passes as compiled kernels, each one loop over memory.
+
+Coordinates come in rows of ``WIDTH``, and every row has numbers of its own: those of its tensor. One kernel then serves
+tensors of every shape, alone or side by side, with any learning rate and any policy of the same configuration; nothing
+is ever compiled twice. A row's bits depend on that row alone, not on the number of threads or on other rows.
+
+For CPUs a kernel is compiled ahead of time (AOTInductor) and kept in inductor's cache folder, from where later
+processes load it in milliseconds. Other devices go through ``torch.compile``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+import math
+import os
+import platform
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim import cells, coordinates, features, rounding, update_rule
+from learned_optim.cells import CoordinateState, StepNumbers
+from learned_optim.coordinates import Spread
+from learned_optim.policy import PolicyConfig, expected_shapes
+
+#: Coordinates in a row.
+WIDTH = 512
+
+Kernel = Callable[[list[Tensor]], Sequence[Tensor]]
+
+
+class CompilationError(RuntimeError):
+    """A kernel could not be made; the cause is chained."""
+
+
+class Kind(NamedTuple):
+    """What a kernel is specialised to."""
+
+    config: PolicyConfig
+    device: str  #: a type of devices
+    dtypes: tuple[torch.dtype, ...]  #: parameter, gradient, state planes
+
+    @property
+    def arithmetic(self) -> torch.dtype:
+        return torch.promote_types(self.dtypes[0], torch.float32)
+
+
+class Kernels(NamedTuple):
+    """The two passes over R rows. Planes are [R, WIDTH], contiguous; ``numbers`` is [R, 8], see :class:`StepNumbers`.
+
+    ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R].
+    ``apply([param, grad, *planes, numbers, coefficients, weights])`` writes the update into its first arguments;
+    ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`.
+    """
+
+    measure: Kernel
+    apply: Kernel
+
+
+class Rows:
+    """A layout (see :mod:`learned_optim.coordinates`) in which every row of [R, WIDTH] is a tensor of its own."""
+
+    numel = shape_context = torch.empty(0)
+
+    def inner(self, x: Tensor, y: Tensor) -> Tensor:
+        return (x * y).sum(1)
+
+    def total(self, x: Tensor) -> Tensor:
+        return x.sum(1)
+
+    def spread(self, values: Tensor) -> Sequence[Spread]:
+        return values.unsqueeze(2).unbind()
+
+
+def cell_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
+    """The weights that :func:`~learned_optim.update_rule.apply` uses: those of the cell."""
+    of_head = ("head", "gate_context")
+    return {name: shape for name, shape in expected_shapes(config).items() if name not in of_head}
+
+
+def flat_weights(config: PolicyConfig, weights: Mapping[str, Tensor], like: Tensor) -> Tensor:
+    """The cell's weights in one vector, with dtype and device of ``like``."""
+    return torch.cat([weights[name].flatten() for name in cell_shapes(config)]).to(like)
+
+
+class _Measure(torch.nn.Module):
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
+        p, g, m, v, h = (t.to(self.kind.arithmetic) for t in (p, g, m, v, h))
+        now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
+        return (torch.stack(update_rule.measure(Rows(), p, g, CoordinateState(m, v, (h,)), now)),)
+
+
+class _Apply(torch.nn.Module):
+    def __init__(self, kind: Kind) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        config, dtype = self.kind.config, self.kind.arithmetic
+        (*planes, numbers, coefficients, flat) = inputs
+        p, g, m, v, *h = (t.to(dtype) for t in planes)
+        shapes = cell_shapes(config)
+        pieces = flat.split([math.prod(shape) for shape in shapes.values()])
+        weights = {name: _nested(w, shape) for (name, shape), w in zip(shapes.items(), pieces, strict=True)}
+        now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
+        coeff = update_rule.spread_coefficients(config, Rows(), coefficients.T, dtype)
+        p, state = update_rule.apply(weights, config, coeff, p, g, CoordinateState(m, v, tuple(h)), now)
+        state = rounding.rounded_state(state, self.kind.dtypes[2:])
+        for old, new in zip((planes[0], *planes[2:]), (p, state.exp_avg, state.exp_avg_sq, *state.hidden), strict=True):
+            old.copy_(new)
+        return ()
+
+
+def _nested(weight: Tensor, shape: tuple[int, ...]) -> list:
+    """Lists of 0-d tensors."""
+    return [list(row.unbind()) for row in weight.view(shape)] if len(shape) == 2 else list(weight.unbind())
+
+
+@lru_cache(maxsize=None)
+def kernels(kind: Kind) -> Kernels:
+    """The kernels for tensors of this kind, compiled or loaded on the first call in a process.
+
+    Raises:
+        CompilationError: whatever went wrong.
+    """
+    numbers = torch.empty(1, 8, dtype=kind.arithmetic, device=kind.device)
+    units = 7 + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
+    rows = 4096  # an example's; enough that the compiler expects work for several threads
+    planes = [torch.empty(rows, WIDTH, dtype=dtype, device=kind.device) for dtype in kind.dtypes]
+    numbers = numbers.new_empty(rows, 8)
+    coefficients = numbers.new_empty(rows, units)
+    weights = numbers.new_empty(sum(math.prod(s) for s in cell_shapes(kind.config).values()))
+    make = _ahead_of_time if kind.device == "cpu" else _just_in_time
+    try:
+        with warnings.catch_warnings(), torch.no_grad():
+            warnings.simplefilter("ignore")
+            return Kernels(
+                make(_Measure(kind), [*planes[:5], numbers], 6),
+                make(_Apply(kind), [*planes, numbers, coefficients, weights], len(planes) + 2),
+            )
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or [""])[0]
+        raise CompilationError(f"{type(error).__name__}: {first_line}") from error
+
+
+def _just_in_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
+    compiled = torch.compile(module, fullgraph=True, dynamic=False, options=_options())
+
+    def kernel(inputs: list[Tensor]) -> Sequence[Tensor]:
+        return compiled(*inputs)
+
+    for tensor in example[:with_rows]:
+        torch._dynamo.mark_dynamic(tensor, 0)
+    kernel([torch.zeros_like(t) for t in example])
+    return kernel
+
+
+def _ahead_of_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
+    path = _cache_folder() / f"{_key(module)}.pt2"
+    if not (path.exists() and _ours(path)):
+        rows = torch.export.Dim("rows", min=2, max=2**40)
+        dynamic: Any = [{0: rows}] * with_rows + [None] * (len(example) - with_rows)
+        if isinstance(module, _Apply):
+            dynamic = (tuple(dynamic),)
+        program = torch.export.export(module, tuple(example), dynamic_shapes=tuple(dynamic), strict=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            package = os.path.join(folder, "kernel.pt2")
+            torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_options())
+            os.replace(package, path)
+    return _load(path)
+
+
+def _load(path: Path) -> Kernel:
+    try:
+        from torch._C._aoti import AOTIModelPackageLoader  # pyright: ignore[reportMissingImports]
+
+        return AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
+    except (ImportError, TypeError):  # another version's
+        loaded = torch._inductor.aoti_load_package(str(path))
+        return lambda inputs: loaded(*inputs)
+
+
+def _options() -> dict[str, Any]:
+    """Inductor's: as many threads as torch is set to, and multiply-adds in one instruction."""
+    from torch._inductor import config
+
+    options: dict[str, Any] = {"cpp.dynamic_threads": True}
+    contract = getattr(config.cpp, "enable_floating_point_contract_flag", None)
+    if contract is not None:
+        options["cpp.enable_floating_point_contract_flag"] = "fast" if isinstance(contract, str) else True
+    return options
+
+
+def _key(module: torch.nn.Module) -> str:
+    """Equal if and only if the kernel is: of torch, of the machine, of the rule's source, and of the kind."""
+    kind: Any = module.kind
+    sources = [inspect.getsource(m) for m in (update_rule, cells, features, coordinates, rounding)]
+    parts = [
+        torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
+        str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,
+        json.dumps(_options()), Path(__file__).read_text(encoding="utf-8"), *sources,
+    ]  # fmt: skip
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
+
+
+def _cache_folder() -> Path:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    return Path(cache_dir()) / "learned_optim"
+
+
+def _ours(path: Path) -> bool:
+    """Whether the file is this user's own: what others have put into a shared folder is not run."""
+    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
+
+
+def find_compiler(device: str) -> str | None:
+    """What would compile kernels for this type of device, or ``None``."""
+    if device == "cpu":
+        names = [os.environ.get("CXX", ""), "g++", "clang++", "c++"]
+        return next((name for name in names if name and shutil.which(name)), None)
+    if device == "cuda":
+        from importlib.util import find_spec
+
+        return "triton" if find_spec("triton") is not None else None
+    return None
