@@ -48,7 +48,8 @@ class Command:
 #: In the order of ``--help``.
 COMMANDS = {
     "meta-train": Command(
-        "make an update rule of your own", "learned_optim.meta_train.command:MetaTrain",
+        "make an update rule of your own",
+        "learned_optim.meta_train.command:MetaTrain",
         "learned_optim.meta_train.command:run",
     ),
     "plot": Command(
@@ -135,7 +136,11 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
     except SystemExit as exit:
         if not exit.code:
             return None
-        raise UsageError(f"{name}: {_first_sentence(complaint.getvalue())}; see `{PROGRAM} {name} --help`") from exit
+        sentence = _first_sentence(complaint.getvalue())
+        # Where a required option is misspelt it counts as missing; that it was misspelt is the better thing to say.
+        parsed, unknown = None, re.findall(r"Unrecognized options: (-\S+)", sentence)
+        if not unknown:
+            raise UsageError(f"{name}: {sentence}; see `{PROGRAM} {name} --help`") from exit
     if not unknown:
         return parsed
     flag = next((argument for argument in unknown if argument.startswith("-")), None)

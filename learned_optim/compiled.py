@@ -28,13 +28,17 @@ class CompiledBackend:
         self.name = f"compiled ({why})" if why else "compiled"
         self.head = Head(policy)
         self._weights: dict[tuple, Tensor] = {}
+        self._kernels: dict[tuple, Kernels] = {}
 
     def prepare(self, params: list[Tensor]) -> None:
         pass
 
-    def kernels(self, jobs: list[Job]) -> Kernels:
-        """Those for tensors like the first of ``jobs``."""
-        return kernels(Kind(self.head.config, jobs[0].param.device.type, tuple(t.dtype for t in jobs[0].tensors)))
+    def kernels(self, job: Job) -> Kernels:
+        """Those for tensors like these."""
+        key = (job.param.device.type, tuple([t.dtype for t in job.tensors]))
+        if key not in self._kernels:
+            self._kernels[key] = kernels(Kind(self.head.config, *key))
+        return self._kernels[key]
 
     def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
         run_waves(self.head, self._units([job for job in jobs if job.param.numel() > 0], hyper))
@@ -112,7 +116,7 @@ class _Rows:
 
     def __init__(self, backend: CompiledBackend, jobs: list[Job], hyper: Hyperparameters) -> None:
         self.backend, self.jobs = backend, jobs
-        self.kernels = backend.kernels(jobs)
+        self.kernels = backend.kernels(jobs[0])
         first = jobs[0]
         device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
         self.plan = plan = _plan(tuple(job.param.numel() for job in jobs), device)
@@ -214,7 +218,7 @@ class ChosenBackend:
             (compiled if self._chosen.get(key, False) else eager).append(job)
         try:
             for job in compiled:
-                self._compiled.kernels([job])
+                self._compiled.kernels(job)
         except CompilationError as error:
             self._fail(error)
             compiled, eager = [], jobs

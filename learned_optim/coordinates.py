@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -109,7 +109,24 @@ class Segments:
         return torch.stack([a.sum() for a in self._tensors(x)])
 
     def spread(self, values: Tensor) -> Sequence[Spread]:
+        if values.requires_grad:
+            return _SpreadWithGradient.apply(values, self.sizes)  # pyright: ignore[reportReturnType]
         return values.index_select(1, self.owner).unbind()
 
     def _tensors(self, x: Tensor) -> tuple[Tensor, ...]:
         return x.split(self._parts)[::2]
+
+
+class _SpreadWithGradient(torch.autograd.Function):
+    """[C, K] -> C vectors [n]. The derivative of ``index_select`` would add the n coordinates up one by one."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        columns = values.split(1, dim=1)
+        return torch.cat([c.expand(-1, size) for c, size in zip(columns, sizes, strict=True)], dim=1).unbind()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        pieces = torch.stack(grads).split(ctx.sizes, dim=1)
+        return torch.stack([piece.sum(1) for piece in pieces], dim=1), None

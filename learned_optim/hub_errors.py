@@ -65,7 +65,7 @@ def in_our_words(
             f"cannot {doing}: {constants.ENDPOINT} does not answer like a Hub (its answer cannot be read), check "
             "HF_ENDPOINT and your proxy"
         )
-    if isinstance(error, RuntimeError):  # all that the transfer of large files by hf_xet raises
+    if isinstance(error, RuntimeError) or type(error).__module__ == "hf_xet":  # the transfer of binary files by hf_xet
         reason = " ".join(str(error).split())[:200]
         remedy = "try again, or set HF_HUB_DISABLE_XET=1"
         return HubConnectionError(f"cannot {doing}: the transfer failed ({reason}): {remedy}")

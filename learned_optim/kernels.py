@@ -129,18 +129,24 @@ def _nested(weight: Tensor, shape: tuple[int, ...]) -> list:
     return [list(row.unbind()) for row in weight.view(shape)] if len(shape) == 2 else list(weight.unbind())
 
 
-@lru_cache(maxsize=None)
 def kernels(kind: Kind) -> Kernels:
     """The kernels for tensors of this kind, compiled or loaded on the first call in a process.
 
     Raises:
-        CompilationError: whatever went wrong.
+        CompilationError: whatever went wrong; it is not tried again in this process.
     """
-    numbers = torch.empty(1, 8, dtype=kind.arithmetic, device=kind.device)
+    made = _made(kind)
+    if isinstance(made, CompilationError):
+        raise made
+    return made
+
+
+@lru_cache(maxsize=None)
+def _made(kind: Kind) -> Kernels | CompilationError:
     units = 7 + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
     rows = 4096  # an example's; enough that the compiler expects work for several threads
     planes = [torch.empty(rows, WIDTH, dtype=dtype, device=kind.device) for dtype in kind.dtypes]
-    numbers = numbers.new_empty(rows, 8)
+    numbers = torch.empty(rows, 8, dtype=kind.arithmetic, device=kind.device)
     coefficients = numbers.new_empty(rows, units)
     weights = numbers.new_empty(sum(math.prod(s) for s in cell_shapes(kind.config).values()))
     make = _ahead_of_time if kind.device == "cpu" else _just_in_time
@@ -153,7 +159,9 @@ def kernels(kind: Kind) -> Kernels:
             )
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
-        raise CompilationError(f"{type(error).__name__}: {first_line}") from error
+        failure = CompilationError(f"{type(error).__name__}: {first_line}")
+        failure.__cause__ = error
+        return failure
 
 
 def _just_in_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
@@ -195,13 +203,15 @@ def _load(path: Path) -> Kernel:
 
 
 def _options() -> dict[str, Any]:
-    """Inductor's: as many threads as torch is set to, and multiply-adds in one instruction."""
+    """Inductor's: as many threads as torch is set to, multiply-adds in one instruction, no gain from kept headers."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
     contract = getattr(config.cpp, "enable_floating_point_contract_flag", None)
     if contract is not None:
         options["cpp.enable_floating_point_contract_flag"] = "fast" if isinstance(contract, str) else True
+    if hasattr(config.aot_inductor, "precompile_headers"):
+        options["aot_inductor.precompile_headers"] = False
     return options
 
 

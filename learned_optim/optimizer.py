@@ -208,8 +208,7 @@ class LearnedOptimizer(Optimizer):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
         for group in self.param_groups:
-            for name, default in self.defaults.items():
-                group.setdefault(name, default)  # not saved by an older version
+            group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:
             self._backend = make_backend(self._backend_name, self.policy)
 

@@ -16,7 +16,9 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-AT_ONCE = 8
+AT_ONCE = 4
+#: A process with threads is no good to fork.
+_ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Clients:
         self._started: list[Path] = []
         self._parent = subprocess.Popen(
             [sys.executable, "-W", "error", __file__], stdin=subprocess.PIPE, text=True, cwd=ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            env={**os.environ, "PYTHONPATH": str(ROOT), **_ONE_THREAD},
         )  # fmt: skip
 
     def start(self, code: str, environment: dict[str, str]) -> Path:

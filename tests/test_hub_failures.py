@@ -273,28 +273,29 @@ FAILURES = {
 }  # fmt: skip
 
 
+Outcome = tuple[str, list, str]
+
+
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Callable[[], tuple[str, list, str]]]]:
-    """All the failures at once, for most of their time is waiting."""
+def fail(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Outcome]]:
+    """Make a failure happen; returns what the command printed, what Python raised, and the repository's name."""
     folder = tmp_path_factory.mktemp("failures")
     Policy().save_pretrained(folder / "policy")
     clients = Clients(folder)
     with LoopbackHub() as hub:
-        waiting = {}
-        for number, (case, failure) in enumerate(FAILURES.items()):
+
+        def run(case: str) -> Outcome:
+            failure, number = FAILURES[case], list(FAILURES).index(case)
             repo = f"alice/rule{number:02d}"
             if failure.files is not None:
                 hub.add(repo, failure.files, private=failure.private, gated=failure.gated)
-            if failure.fault:
-                hub.faults.append(dataclasses.replace(failure.fault, pattern=f"{repo}.*{failure.fault.pattern}"))
-                if failure.fault.pattern.startswith(("GET", "HEAD")):
-                    method, _, rest = failure.fault.pattern.partition(" ")
-                    hub.faults[-1].pattern = f"{method} /{repo}{rest}"
+            hub.faults = [failure.fault] if failure.fault else []
             code = CLIENT.format(arguments=arguments(failure, repo, folder), call=call(failure, repo))
             home = hub.environment(folder / f"home{number}", failure.token, **failure.environment)
-            waiting[case] = clients.start(code, home), repo
-        yield {case: lambda place=place, repo=repo: outcome(clients, place, repo)
-               for case, (place, repo) in waiting.items()}  # fmt: skip
+            finished = clients.run(code, home)
+            return finished.stderr.replace(repo, "REPO"), json.loads(finished.output()), repo
+
+        yield run
     clients.close()
 
 
@@ -318,15 +319,10 @@ def call(failure: Failure, repo: str) -> str:
     return f"Policy.from_pretrained({', '.join([repr(name), *options])})"
 
 
-def outcome(clients: Clients, place: Path, repo: str) -> tuple[str, list, str]:
-    finished = clients.wait(place)
-    return finished.stderr.replace(repo, "REPO"), json.loads(finished.output()), repo
-
-
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_failure_has_its_sentence_its_exception_and_its_exit_code(case: str, outcomes) -> None:
+def test_a_failure_has_its_sentence_its_exception_and_its_exit_code(case: str, fail: Callable[[str], Outcome]) -> None:
     failure = FAILURES[case]
-    printed, (status, kinds, message, cause), repo = outcomes[case]()
+    printed, (status, kinds, message, cause), repo = fail(case)
     assert status == 1
     assert printed.count("\n") == 1, printed
     assert re.fullmatch(f"learned-optim: {failure.sentence}\n", printed), printed

@@ -23,8 +23,8 @@ SCHEDULERS = {
     "CyclicLR without momentum": lambda o: lrs.CyclicLR(
         o, base_lr=1e-3, max_lr=1e-1, step_size_up=4, cycle_momentum=False
     ),
-    "OneCycleLR": lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=20, cycle_momentum=True),
-    "OneCycleLR without momentum": lambda o: lrs.OneCycleLR(o, max_lr=0.1, total_steps=20, cycle_momentum=False),
+    "OneCycleLR": lambda o: lrs.OneCycleLR(o, max_lr=0.03, total_steps=20, cycle_momentum=True),
+    "OneCycleLR without momentum": lambda o: lrs.OneCycleLR(o, max_lr=0.03, total_steps=20, cycle_momentum=False),
     "ReduceLROnPlateau": lambda o: lrs.ReduceLROnPlateau(o, patience=1, threshold=0.5),
     "SequentialLR": lambda o: lrs.SequentialLR(
         o, [lrs.LinearLR(o, total_iters=3), lrs.CosineAnnealingLR(o, T_max=6)], milestones=[3]

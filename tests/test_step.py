@@ -444,7 +444,6 @@ def test_a_step_hook_may_change_the_gradients():
     (q,) = copies([p])
     optimizer, plain = make([p]), make([q])
 
-
     def flip(opt, args, kwargs):
         p.grad.neg_()
 

@@ -6,11 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 from tyro.conf import Positional, arg
 
 from learned_optim.meta_train.config import MetaTrainConfig
+
+if TYPE_CHECKING:
+    from learned_optim.meta_train.outer_loop import MetaTrainResult
 
 _DOC, _ARGS = (MetaTrainConfig.__doc__ or "").split("    Args:\n")
 _OWN_ARGS = """    Args:
@@ -77,19 +80,24 @@ def run(command: Any) -> int:
             get_families(names)
         except ValueError as error:
             raise UsageError(f"meta-train: {error}") from error
-    result = meta_train(config, out=command.out, resume=command.resume)
-    if distributed.rank() == 0:
-        done = result.history[-1]["outer_step"] + 1 if result.history else 0
-        values = [m["validation"] for m in result.history if "validation" in m]
-        verdict = (
-            f"best validation {min(0.0, *values):+.3f} (mean log-loss against the start)" if values else "no validation"
-        )
-        print(f"{command.out}: {done} of {config.outer_steps} outer steps, {verdict}")
-        if result.stopped_by is None:
-            print(f'use it: LearnedOptimizer(model.parameters(), policy="{command.out / "best"}")')
-        else:
-            print("stopped by a signal; continue with --resume")
+    with distributed.process_group():
+        result = meta_train(config, out=command.out, resume=command.resume)
+        if distributed.rank() == 0:
+            _report(command.out, config, result)
     return 0 if result.stopped_by is None else 128 + result.stopped_by
+
+
+def _report(out: Path, config: MetaTrainConfig, result: MetaTrainResult) -> None:
+    done = result.history[-1]["outer_step"] + 1 if result.history else 0
+    values = [m["validation"] for m in result.history if "validation" in m]
+    verdict = (
+        f"best validation {min(0.0, *values):+.3f} (mean log-loss against the start)" if values else "no validation"
+    )
+    print(f"{out}: {done} of {config.outer_steps} outer steps, {verdict}")
+    if result.stopped_by is None:
+        print(f'use it: LearnedOptimizer(model.parameters(), policy="{out / "best"}")')
+    else:
+        print("stopped by a signal; continue with --resume")
 
 
 def plot(command: Plot) -> None:

@@ -61,6 +61,7 @@ class MetaTrainConfig:
         save_every: outer steps between checkpoints.
         keep_going: a task that raises is left out, named and counted, instead of ending the run.
         threads: of torch in each process; small networks are fastest with 1.
+        backend: of the optimizer in ``es`` and in validation; ``compiled`` repays its wait in runs of some minutes.
     """
 
     outer_steps: int = 100
@@ -95,6 +96,7 @@ class MetaTrainConfig:
     save_every: int = 10
     keep_going: bool = False
     threads: int = 1
+    backend: Literal["auto", "eager", "compiled"] = "auto"
 
     def __post_init__(self) -> None:
         def require(ok: bool, name: str, wanted: str) -> None:

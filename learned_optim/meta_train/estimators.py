@@ -26,7 +26,7 @@ from torch import Tensor
 
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_loss import MetaLossFn
-from learned_optim.meta_train.trajectories import Running, TaskSource, seed_of
+from learned_optim.meta_train.trajectories import Plan, Running, TaskSource, seed_of
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.policy import Policy
@@ -177,7 +177,8 @@ class ES:
         curves = []
         for sign in (1.0, -1.0):
             moved = with_weights(policy, shifted(policy.weights(), noise, sign))
-            curves.append(run_plan(moved, plan, plan.length + (self.meta_loss is not None)))
+            steps = plan.length + (self.meta_loss is not None)
+            curves.append(run_plan(moved, plan, steps, self.config.backend))
         if self.meta_loss is None:
             difference = self.log_slowness(*curves)
             meta_loss = sum(_log(smoothed(c.losses, plan.length)) for c in curves) / 2
@@ -217,12 +218,13 @@ def with_weights(policy: Policy, weights: Weights) -> Policy:
     return other
 
 
-def run_plan(policy: Policy, plan, steps: int) -> Curve:
+def run_plan(policy: Policy, plan: Plan, steps: int, backend: str) -> Curve:
     """Train a planned task with the optimizer itself."""
     hyper = plan.hyper
     return train(
         plan.task, plan.seed,
-        lambda params: LearnedOptimizer(params, lr=hyper.lr, weight_decay=hyper.weight_decay, policy=policy),
+        lambda params: LearnedOptimizer(params, lr=hyper.lr, weight_decay=hyper.weight_decay, policy=policy,
+                                        backend=backend),
         steps,
     )  # fmt: skip
 

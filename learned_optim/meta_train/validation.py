@@ -33,7 +33,9 @@ def validate(policy: Policy, families: Sequence[TaskFamily | Task], config: Meta
         length = min(task.length, config.validation_length) if config.validation_length else task.length
         betas, eps = policy.config.betas, policy.config.eps
         hyper = Hyperparameters(config.inner_lr, *betas, eps, config.inner_weight_decay)
-        curve = run_plan(policy, Plan(family.name, task, seed_of("validation", seed), length, hyper), length)
+        curve = run_plan(
+            policy, Plan(family.name, task, seed_of("validation", seed), length, hyper), length, config.backend
+        )
         start = math.log(max(curve.losses[0], 1e-10))
         end = start + DIVERGED if curve.diverged else math.log(max(smoothed(curve.losses, length), 1e-10))
         results.append((i, f"{family.name}/{seed}", end))

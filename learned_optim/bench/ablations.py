@@ -1,0 +1,103 @@
+"""A policy with parts of it taken away: what does each learned part pay?
+
+==========================  ==============================================================================
+row                         the policy
+==========================  ==============================================================================
+mixture alone               all weights zero: the base mixture of the configuration
++ tensor head               the head's weights, the others zero
++ learned gates             head and gates (or head and GRU, for ``cell="gru"``)
++ amplitude                 all weights: the policy itself
+hidden state reset          the policy, its hidden state zeroed before every step
+hidden state without        the policy, with averages over one step: the hidden state is the present gradient,
+memory                      normalised
+random weights              every weight tensor drawn anew, normal with the same root mean square
+GRU cell                    another policy, whose cell is a GRU
+==========================  ==============================================================================
+
+None is trained again: parts that were learned together may rely on each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+from learned_optim.bench.baselines import Memory
+from learned_optim.policy import PARTS, Policy, PolicyConfig
+
+
+class Ablation(NamedTuple):
+    """A row of the table."""
+
+    name: str
+    policy: Policy
+    memory: Memory = "kept"
+
+
+def with_parts(policy: Policy, parts: Sequence[str]) -> Policy:
+    """A copy of ``policy`` in which the weights of all other parts are zero.
+
+    Args:
+        policy: where the weights come from; left as it is.
+        parts: names out of ``learned_optim.policy.PARTS``.
+
+    Raises:
+        ValueError: an unknown part.
+    """
+    unknown = sorted(set(parts) - set(PARTS))
+    if unknown:
+        raise ValueError(f"unknown parts {unknown}; known are {sorted(PARTS)}")
+    kept = {name for part in parts for name in PARTS[part]}
+    return _with(policy, {k: w if k in kept else torch.zeros_like(w) for k, w in policy.weights().items()})
+
+
+def random_weights(policy: Policy, seed: int = 0) -> Policy:
+    """A copy of ``policy`` whose weight tensors are drawn anew, each normal with the root mean square it had."""
+    rng = torch.Generator().manual_seed(seed)
+    return _with(
+        policy,
+        {k: torch.randn(w.shape, generator=rng) * w.detach().square().mean().sqrt() for k, w in
+         sorted(policy.weights().items())},
+    )  # fmt: skip
+
+
+def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation], list[str]]:
+    """The rows of the table, and notes on those that say nothing or cannot be made.
+
+    Args:
+        policy: what is taken apart.
+        gru: the policy with a GRU cell; ``None`` takes an untrained one.
+
+    Raises:
+        ValueError: ``gru`` has another cell.
+    """
+    gated = policy.config.cell == "gated"
+    rows = [Ablation("mixture alone", with_parts(policy, ())), Ablation("+ tensor head", with_parts(policy, ["tensor_head"]))]
+    if gated:
+        rows.append(Ablation("+ learned gates", with_parts(policy, ["tensor_head", "gates"])))
+        rows.append(Ablation("+ amplitude", policy))
+    else:
+        rows.append(Ablation("+ GRU", policy))
+    rows.append(Ablation("hidden state reset", policy, "reset"))
+    notes = []
+    if gated:
+        rows.append(Ablation("hidden state without memory", policy, "none"))
+    rows.append(Ablation("random weights", random_weights(policy)))
+    if not any(bool(w.detach().count_nonzero()) for w in policy.weights().values()):
+        notes.append("the policy's weights are all zero, so most ablations are the policy itself")
+    if gru is None:
+        gru = Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(0), source="untrained GRU")
+        rows.append(Ablation("GRU cell, untrained", gru))
+    elif gru.config.cell != "gru":
+        raise ValueError(f"the policy for the ablation with a GRU cell has cell={gru.config.cell!r}")
+    else:
+        rows.append(Ablation("GRU cell", gru))
+    return rows, notes
+
+
+def _with(policy: Policy, weights: dict[str, torch.Tensor]) -> Policy:
+    other = Policy(policy.config, generator=torch.Generator(), source=policy.source)
+    other.load_state_dict({name: w.detach().clone() for name, w in weights.items()})
+    return other

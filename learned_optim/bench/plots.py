@@ -1,0 +1,217 @@
+"""Pictures of the quality suite, to be understood without a text beside them."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from learned_optim.bench.cache import write
+from learned_optim.bench.curves import Run, smoothed_curve
+from learned_optim.bench.figures import Comparison, compare_all, share_at_least
+from learned_optim.bench.quality import FIXED, REFERENCE, Contender, QualityResult, TaskResult
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Told apart by those who do not see all colours too (Okabe and Ito 2008); ours is the loudest.
+_COLOURS = {REFERENCE: "#000000", FIXED: "#999999", "schedule-free AdamW, tuned": "#0072B2", "Muon, tuned": "#009E73",
+            "SGD with momentum, tuned": "#CC79A7"}  # fmt: skip
+_OURS = ("#D55E00", "#E69F00", "#56B4E9", "#8B4513", "#7B3294")
+
+
+def draw_all(result: QualityResult, folder: Path) -> list[Path]:
+    """Draw everything into ``folder``: ``speedup.png``, ``profile.png``, ``curves.png`` and one picture per task.
+
+    Returns:
+        The files.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    colours = _colours(result)
+    files = [_speedups(result, folder), _profile(result, folder, colours), _overview(result, folder, colours)]
+    for task in result.tasks:
+        figure = _figure(10.0, 4.2)
+        left, right = figure.subplots(1, 2)
+        _curves(left, task, colours, held_out=False)
+        _curves(right, task, colours, held_out=True)
+        left.set(title="training loss", xlabel="steps", ylabel="loss (lower is better)")
+        right.set(title="held-out loss", xlabel="steps")
+        figure.suptitle(f"{task.task}: mean over the seeds, band from the lowest to the highest")
+        _legend(figure, left, columns=4)
+        files.append(_save(figure, folder / f"{task.task.replace('/', '-')}.png"))
+    return files
+
+
+def _shown(result: QualityResult) -> list[Contender]:
+    return [c for c in result.contenders if c.role != "ablation"]
+
+
+def _colours(result: QualityResult) -> dict[str, str]:
+    ours = [c.name for c in _shown(result) if c.role != "baseline"]
+    return {**_COLOURS, **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)}}
+
+
+def _speedups(result: QualityResult, folder: Path) -> Path:
+    """Bars per task, the seeds as points."""
+    subject = result.subject()
+    rows = sorted(compare_all(result, subject.name, REFERENCE), key=lambda c: c.speedup or 0.0)
+    figure = _figure(8.0, 1.6 + 0.34 * len(rows))
+    axes = figure.subplots()
+    for y, row in enumerate(rows):
+        _bar(axes, y, row)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.set_yticks(range(len(rows)), [row.task for row in rows])
+    axes.set_xscale("log")
+    values = [row.speedup for row in rows if row.speedup is not None] or [1.0]
+    axes.set_xlim(min(0.5, min(values) / 1.3), max(2.0, max(values) * 1.3))
+    _ratio_ticks(axes)
+    axes.set(
+        title=f"{subject.name}, nothing tuned, against AdamW tuned for each task",
+        xlabel="times fewer steps to AdamW's final training loss (right of the line: learned is faster)",
+    )
+    _bare(axes)
+    return _save(figure, folder / "speedup.png")
+
+
+def _bar(axes: Axes, y: int, row: Comparison) -> None:
+    if row.speedup is None:
+        axes.text(1.02, y, "AdamW diverged", va="center", color="0.4")
+        return
+    colour = "#D55E00" if row.speedup < 1.0 else "#0072B2"
+    axes.barh(y, row.speedup - 1.0, left=1.0, height=0.6, color=colour)
+    if row.log_spread is not None:
+        low, high = (row.speedup * math.exp(sign * row.log_spread) for sign in (-1, 1))
+        axes.plot([low, high], [y, y], color="black", linewidth=1)
+    word = " diverged" if row.diverged else f" {row.speedup:.2f} "
+    end = row.speedup * math.exp((row.log_spread or 0.0) * (1 if row.speedup >= 1.0 else -1))
+    axes.text(end, y, word, va="center", ha="left" if row.speedup >= 1.0 else "right", fontsize=8)
+
+
+def _profile(result: QualityResult, folder: Path, colours: dict[str, str]) -> Path:
+    """Share of tasks with at least a speedup."""
+    figure = _figure(7.5, 4.8)
+    axes = figure.subplots()
+    x = np.geomspace(0.1, 10.0, 400)
+    for c in _shown(result):
+        if c.name == REFERENCE:
+            continue
+        speedups = [row.speedup for row in compare_all(result, c.name, REFERENCE)]
+        y = [100.0 * share_at_least(speedups, value) for value in x]
+        axes.plot(x, y, color=colours[c.name], linewidth=2.4 if c.role != "baseline" else 1.4, label=c.name)
+    axes.axvline(1.0, color="black", linewidth=1)
+    axes.annotate("as fast as AdamW\ntuned per task", (1.0, 103.0), ha="center", va="bottom", fontsize=8,
+                  annotation_clip=False)  # fmt: skip
+    axes.set(xscale="log", xlim=(0.1, 10.0), ylim=(0.0, 102.0), ylabel="share of tasks (%) at least that fast",
+             xlabel="speedup over AdamW tuned per task, in steps (further right is faster)")  # fmt: skip
+    _ratio_ticks(axes)
+    _bare(axes)
+    _legend(figure, axes, columns=2)
+    return _save(figure, folder / "profile.png")
+
+
+def _overview(result: QualityResult, folder: Path, colours: dict[str, str]) -> Path:
+    """Training loss on every task, small."""
+    columns = min(4, len(result.tasks))
+    rows = math.ceil(len(result.tasks) / columns)
+    figure = _figure(3.4 * columns + 0.6, 2.7 * rows + 1.2)
+    grid = figure.subplots(rows, columns, squeeze=False)
+    for axes in grid.flat[len(result.tasks) :]:
+        axes.set_visible(False)
+    for axes, task in zip(grid.flat, result.tasks, strict=False):
+        _curves(axes, task, colours, held_out=False)
+        axes.set_title(task.task, fontsize=9)
+    figure.supxlabel("steps")
+    figure.supylabel("training loss, smoothed (lower is better)")
+    _legend(figure, grid.flat[0], columns=4)
+    return _save(figure, folder / "curves.png")
+
+
+def _curves(axes: Axes, task: TaskResult, colours: dict[str, str], *, held_out: bool) -> None:
+    everything: list[float] = []
+    starts = []
+    for name, choice in task.choices.items():
+        if name not in colours:
+            continue
+        t, values = _stack(choice.runs, held_out)
+        if not len(t):
+            continue
+        bold = not (name in _COLOURS)
+        label = f"{name}" if name == FIXED else name
+        axes.plot(t, _mean(values), color=colours[name], linewidth=2.0 if bold else 1.2, label=label,
+                  zorder=3 if bold else 2)  # fmt: skip
+        if len(values) > 1:
+            axes.fill_between(t, values.min(0), values.max(0), color=colours[name], alpha=0.15, linewidth=0)
+        late = values[:, len(t) // 10 :]
+        everything += late[np.isfinite(late)].tolist()
+        starts.append(values[0, 0])
+    if not everything:
+        axes.text(0.5, 0.5, "no held-out data" if held_out else "all diverged", ha="center", transform=axes.transAxes)
+        return
+    low, high = min(everything), min(max(everything), 1.2 * max(starts))
+    if low > 0.0:
+        axes.set_yscale("log")
+        axes.set_ylim(low / 1.05, high * 1.05)
+        _plain_ticks(axes, low, high)
+    else:
+        axes.set_ylim(low, high)
+    axes.set_xlim(0, task.steps)
+    _bare(axes)
+
+
+def _stack(runs: Sequence[Run], held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    pairs = [(run.evaluated_at, run.held_out) if held_out else smoothed_curve(run) for run in runs]
+    return pairs[0][0], np.stack([values for _, values in pairs])
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    mean = values.mean(0)
+    return np.where(np.isfinite(mean), mean, np.nan)
+
+
+def _figure(width: float, height: float) -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "learned-optim[plots]"') from error
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _ratio_ticks(axes: Axes) -> None:
+    low, high = axes.get_xlim()
+    ticks = [x for x in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 50, 100) if low <= x <= high]
+    axes.set_xticks(ticks, [f"×{x:g}" for x in ticks])
+    axes.set_xticks([], minor=True)
+
+
+def _plain_ticks(axes: Axes, low: float, high: float) -> None:
+    """Three to six round numbers instead of powers of ten, of which there often is none between the limits."""
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    for steps in ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 6, 8), tuple(x / 10 for x in range(10, 100, 2))):
+        ticks = [m * 10.0**d for d in decades for m in steps if low <= m * 10.0**d <= high]
+        if len(ticks) >= 3:
+            break
+    axes.set_yticks(ticks, [f"{x:g}" for x in ticks])
+    axes.set_yticks([], minor=True)
+
+
+def _bare(axes: Axes) -> None:
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _legend(figure: Any, axes: Axes, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
+
+
+def _save(figure: Any, path: Path) -> Path:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=130)
+    write(path, buffer.getvalue())
+    return path

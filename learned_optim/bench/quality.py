@@ -1,0 +1,247 @@
+"""The quality suite: learned rules against optimizers tuned per task. :func:`run_quality` makes the runs."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Literal
+
+from learned_optim.bench.ablations import ablations
+from learned_optim.bench.baselines import ADAMW_1E3, DEFAULT_LR, DEFAULT_WEIGHT_DECAY, Setting, grid, missing
+from learned_optim.bench.cache import RunCache, log_look
+from learned_optim.bench.curves import Run, final_loss
+from learned_optim.bench.pool import OnProgress, Pool
+from learned_optim.bench.quality_config import QualityConfig
+from learned_optim.bench.runs import Job, behaviour, find_task, one_thread
+from learned_optim.policy import Policy
+from learned_optim.tasks import FAMILIES, Task, get_families
+
+REFERENCE = "AdamW, tuned"
+FIXED = "AdamW 1e-3"
+_BASELINES = {"adamw": REFERENCE, "schedule-free": "schedule-free AdamW, tuned", "muon": "Muon, tuned",
+              "sgd": "SGD with momentum, tuned"}  # fmt: skip
+
+Role = Literal["learned", "learned, tuned", "baseline", "ablation"]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Contender:
+    """Something that is measured: an optimizer with one setting, or with the best of several for each task.
+
+    Args:
+        name: in tables.
+        role: what it is.
+        settings: what it is tuned over.
+        policy: of a learned one.
+        label: of the policy that was asked for; ablations bear that of the policy they were made from.
+    """
+
+    name: str
+    role: Role
+    settings: tuple[Setting, ...]
+    policy: Policy | None = None
+    label: str = ""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Choice:
+    """How a contender did on a task: the setting with the lowest final training loss (mean over the seeds)."""
+
+    setting: Setting
+    runs: tuple[Run, ...]  #: one per seed
+
+    @property
+    def diverged(self) -> bool:
+        """Whether any of the runs did."""
+        return any(run.diverged for run in self.runs)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TaskResult:
+    """All contenders on one task."""
+
+    task: str
+    split: str  #: of the zoo, or empty
+    steps: int
+    choices: Mapping[str, Choice]  #: by the contender's name
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class QualityResult:
+    """What :func:`run_quality` measured; :mod:`learned_optim.bench.report` makes figures and tables of it."""
+
+    config: QualityConfig
+    contenders: tuple[Contender, ...]
+    tasks: tuple[TaskResult, ...]
+    notes: tuple[str, ...]
+    new_runs: int  #: made now; the others were known
+
+    def subject(self) -> Contender:
+        """The first policy with nothing tuned."""
+        return next(c for c in self.contenders if c.role == "learned")
+
+
+def run_quality(
+    config: QualityConfig | None = None,
+    *,
+    tasks: Sequence[Task] | None = None,
+    policies: Mapping[str, Policy] | None = None,
+    progress: OnProgress | None = None,
+) -> QualityResult:
+    """Train every task with every setting, or take the runs from the cache.
+
+    Interrupted, it can be called again and goes on where it was. Nothing is printed.
+
+    Args:
+        config: what is run; ``QualityConfig()`` if ``None``.
+        tasks: tasks of one's own, instead of the zoo's that ``config.tasks`` names.
+        policies: policies by label, instead of those that ``config.policies`` names.
+        progress: called after every run.
+
+    Raises:
+        ValueError: an unknown task or policy, or settings out of range.
+        OSError: the cache cannot be written.
+    """
+    config = (config or QualityConfig()).effective()
+    policies = load_policies(config.policies) if policies is None else policies
+    contenders, notes = _contenders(config, policies)
+    wanted: list[str | Task] = list(tasks) if tasks is not None else list(_names(config))
+    cache = RunCache(config.cache_folder())
+    with Pool(cache, config.processes, progress) as pool:
+        plans = [_Plan(task, config, contenders) for task in wanted]
+        for plan in plans:
+            pool.announce(plan.first)
+        for plan in plans:
+            plan.make(pool, plan.first)
+            if config.keep and config.seeds > 1:
+                rest = plan.rest()
+                pool.announce(rest)
+                plan.make(pool, rest)
+    results = [TaskResult(p.name, p.split, p.steps, {c.name: p.choose(c) for c in contenders}) for p in plans]
+    if cache.damaged:
+        notes.append(f"{len(cache.damaged)} damaged files in the cache were made again")
+    if any(p.split == "validation" for p in plans):
+        new = sum(job.setting.optimizer == "learned" for job in pool.new)
+        prints = {label: policy.fingerprint() for label, policy in policies.items()}
+        log_look(cache.folder, prints, [p.name for p in plans], config.seeds, new)
+    return QualityResult(config, tuple(contenders), tuple(results), tuple(notes), len(pool.new))
+
+
+def load_policies(names: Sequence[str]) -> dict[str, Policy]:
+    """Policies by label: the name itself, or as much of a folder's end as tells it from the others.
+
+    Raises:
+        ValueError, FileNotFoundError: as ``Policy.from_pretrained``; or a name given twice.
+    """
+    if len(set(names)) < len(names):
+        raise ValueError(f"a policy is named twice: {', '.join(names)}")
+    parts = {name: Path(name).expanduser().parts for name in names}
+    labels = {}
+    for name, own in parts.items():
+        depth = 1
+        while depth < len(own) and any(p[-depth:] == own[-depth:] for n, p in parts.items() if n != name):
+            depth += 1
+        labels["/".join(own[-depth:]) or name] = name
+    return {label: Policy.from_pretrained(name) for label, name in labels.items()}
+
+
+def _names(config: QualityConfig) -> list[str]:
+    return [f"{family.name}/{i}" for family in get_families(config.tasks) for i in range(config.instances)]
+
+
+def _contenders(config: QualityConfig, policies: Mapping[str, Policy]) -> tuple[list[Contender], list[str]]:
+    if not policies:
+        raise ValueError("there is no policy to measure")
+    found: list[Contender] = []
+    notes: list[str] = []
+
+    def learned(policy: Policy, setting: Setting) -> Setting:
+        decay = DEFAULT_WEIGHT_DECAY
+        return dataclasses.replace(
+            setting, weight_decay=decay, policy=policy.fingerprint(), backend=config.backend
+        )  # fmt: skip
+
+    default = Setting("learned", DEFAULT_LR)
+    for number, (label, policy) in enumerate(policies.items()):
+        found.append(Contender(f"learned: {label}", "learned", (learned(policy, default),), policy, label))
+        if number == 0 and config.tune_lr:
+            settings = tuple(learned(policy, setting) for setting in grid("learned", quick=config.quick))
+            found.append(Contender(f"learned: {label}, lr tuned", "learned, tuned", settings, policy, label))
+    for baseline in config.baselines:
+        why = missing(baseline)
+        if why is not None:
+            notes.append(why)
+            continue
+        found.append(Contender(_BASELINES[baseline], "baseline", grid(baseline, quick=config.quick)))
+    found.append(Contender(FIXED, "baseline", (ADAMW_1E3,)))
+    if config.ablations:
+        label, policy = next(iter(policies.items()))
+        rows, remarks = ablations(policy, Policy.from_pretrained(config.gru) if config.gru else None)
+        notes += remarks
+        for row in rows:
+            setting = learned(row.policy, dataclasses.replace(default, memory=row.memory))
+            found.append(Contender(row.name, "ablation", (setting,), row.policy, label))
+    return found, notes
+
+
+class _Plan:
+    """The runs of one task."""
+
+    def __init__(self, task: str | Task, config: QualityConfig, contenders: Sequence[Contender]) -> None:
+        self.config, self.contenders = config, contenders
+        found = find_task(task)
+        self.name = found.name
+        family = FAMILIES.get(task.rpartition("/")[0]) if isinstance(task, str) else None
+        self.split = family.split if family else ""
+        self.steps = min(found.length, config.max_length) if config.max_length else found.length
+        self._task = task
+        with one_thread():
+            self._behaviour, seconds = behaviour(found)
+        self._cost = 1.5 * seconds * self.steps
+        self._jobs: dict[tuple[Setting, int], Job] = {}  # contenders share settings, and shared ones are run once
+        self._runs: dict[Job, Run] = {}
+        rest = range(1, config.seeds)
+        self.first = [
+            job for c in contenders for s in c.settings
+            for seed in (0, *(rest if len(c.settings) == 1 or not config.keep else ()))
+            if (job := self._job(s, seed, c.policy)) is not None
+        ]  # fmt: skip
+
+    def _job(self, setting: Setting, seed: int, policy: Policy | None) -> Job | None:
+        """A new job, or ``None`` if there is one."""
+        if (setting, seed) in self._jobs:
+            return None
+        job = Job(
+            self._task, self.steps, seed, setting, policy, self.config.evaluations, self._behaviour, self._cost
+        )  # fmt: skip
+        self._jobs[setting, seed] = job
+        return job
+
+    def make(self, pool: Pool, jobs: Sequence[Job]) -> None:
+        self._runs |= pool.run(jobs)
+
+    def rest(self) -> list[Job]:
+        """The best settings of the first seed, on the other seeds."""
+        jobs = []
+        for c in self.contenders:
+            best = sorted(c.settings, key=lambda s: _mean_final(self._of(s)[:1]))[: self.config.keep]
+            jobs += [self._job(s, seed, c.policy) for s in best for seed in range(1, self.config.seeds)]
+        return [job for job in jobs if job is not None]
+
+    def _of(self, setting: Setting) -> list[Run]:
+        keys = [(setting, seed) for seed in range(self.config.seeds)]
+        return [self._runs[self._jobs[key]] for key in keys if key in self._jobs]
+
+    def choose(self, contender: Contender) -> Choice:
+        complete = [s for s in contender.settings if len(self._of(s)) == self.config.seeds]
+        best = min(complete, key=lambda s: _mean_final(self._of(s)))
+        return Choice(best, tuple(self._of(best)))
+
+
+def _mean_final(runs: Sequence[Run]) -> float:
+    """Mean final loss; infinite if any run diverged, so that it never wins against one that did not."""
+    if any(run.diverged for run in runs):
+        return math.inf
+    return sum(final_loss(run) for run in runs) / len(runs)

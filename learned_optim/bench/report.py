@@ -1,0 +1,215 @@
+"""What the quality suite shows: Markdown tables, and ``results.json`` in the form of :mod:`learned_optim.card`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from learned_optim import card
+from learned_optim.bench.cache import write
+from learned_optim.bench.figures import Comparison, Summary, compare_all, summarise
+from learned_optim.bench.quality import FIXED, REFERENCE, Contender, QualityResult
+
+DEFINITION = (
+    "Speedup: steps the reference needs to reach its own final smoothed training loss / steps the contender needs to "
+    "reach it; where it never does, the part of its run the reference needs to reach the contender's final loss "
+    "(below 1). Every contender trains as many steps as the reference."
+)
+
+
+def markdown(result: QualityResult, looks: int | None = None) -> str:
+    """All tables.
+
+    Args:
+        result: what was measured.
+        looks: how often policies were compared on validation tasks so far, this time included.
+    """
+    subject = result.subject()
+    seeds = result.config.seeds
+    lines = [
+        f"# Quality: {subject.name} on {len(result.tasks)} tasks, {seeds} seed{'s' * (seeds > 1)}", "",
+        "## Against optimizers tuned per task", "", *summary_table(result), "",
+        f"## Task by task: {subject.name} against {_reference(result)}", "", *task_table(result, subject), "",
+    ]  # fmt: skip
+    if any(c.role == "ablation" for c in result.contenders):
+        lines += ["## Ablations", "", *ablation_table(result), ""]
+    lines += ["## Notes", "", f"- {DEFINITION}"]
+    lines.append("- Time per step: processor seconds of one thread, over those of the reference.")
+    lines += [f"- {note}" for note in result.notes]
+    if looks is not None:
+        lines.append(f"- Policies were compared on validation tasks {looks} times so far, with this cache.")
+    return "\n".join(lines) + "\n"
+
+
+def summary_table(result: QualityResult) -> list[str]:
+    """Geometric-mean speedups of every contender over the references; the rest is over tuned AdamW."""
+    names = [c.name for c in result.contenders if c.role == "baseline"]
+    others = [name for name in names if name != REFERENCE]
+    rows = []
+    for c in result.contenders:
+        if c.role == "ablation" or c.name == REFERENCE:
+            continue
+        over = {name: summarise(compare_all(result, c.name, name)) for name in names if name != c.name}
+        s = over[REFERENCE]
+        rows.append([
+            c.name, _plus_minus(s), *(_ratio(over[name].speedup) if name in over else "–" for name in others),
+            f"{_ratio(s.worst)} ({s.worst_task})" if s.worst else "–", f"{s.losses} of {s.tasks}",
+            _ratio(s.held_out_speedup), _percent(s.held_out_ratio), _ratio(s.time_ratio), str(s.diverged),
+        ])  # fmt: skip
+    head = ["", f"speedup over {REFERENCE}", *(f"over {name}" for name in others), "worst task", "tasks lost",
+            "held-out speedup", "held-out loss at the end", "time per step", "diverged runs"]  # fmt: skip
+    return _table(head, rows)
+
+
+def task_table(result: QualityResult, contender: Contender) -> list[str]:
+    """One contender against tuned AdamW, task by task, the best first."""
+    comparisons = sorted(compare_all(result, contender.name, REFERENCE), key=lambda c: -(c.speedup or 0.0))
+    by_name = {task.task: task for task in result.tasks}
+    rows = []
+    for c in comparisons:
+        task = by_name[c.task]
+        spread = f" ± {c.spread:.2f}" if c.spread is not None else ""
+        rows.append([
+            c.task, str(task.steps), "diverged" if c.diverged else _ratio(c.speedup) + spread,
+            _ratio(c.held_out_speedup), _number(c.loss), _number(c.reference_loss),
+            _number(c.held_out_loss), _number(c.reference_held_out_loss), _ratio(c.time_ratio),
+            str(task.choices[REFERENCE].setting),
+        ])  # fmt: skip
+    head = ["task", "steps", "speedup", "held-out speedup", "loss", "AdamW's", "held-out loss", "AdamW's",
+            "time per step", "AdamW's best setting"]  # fmt: skip
+    return _table(head, rows, left=(0, 9))
+
+
+def ablation_table(result: QualityResult) -> list[str]:
+    """What each part pays: AdamW, then the ablations, then what the policy itself does."""
+    rows = []
+    for c in [c for c in result.contenders if c.name == FIXED or c.role in ("ablation", "learned")]:
+        if c.role == "learned" and c is not result.subject():
+            continue
+        s = summarise(compare_all(result, c.name, REFERENCE))
+        rows.append([c.name, _plus_minus(s), f"{_ratio(s.worst)} ({s.worst_task})" if s.worst else "–",
+                     _percent(s.held_out_ratio), _ratio(s.time_ratio), str(s.diverged)])  # fmt: skip
+    order = {FIXED: 0, result.subject().name: 2}
+    rows = [[REFERENCE, "1", "1", "0%", "1", "–"], *sorted(rows, key=lambda row: order.get(row[0], 1))]
+    head = ["", f"speedup over {REFERENCE}", "worst task", "held-out loss at the end", "time per step", "diverged runs"]
+    return _table(head, rows)
+
+
+def results(result: QualityResult, contender: Contender | None = None, *, command: str = "") -> dict[str, Any]:
+    """What goes into ``results.json`` of a policy: what its own results held, with the evaluation replaced.
+
+    Besides what the card shows, ``quality`` holds the figures of all contenders.
+
+    Args:
+        result: what was measured.
+        contender: with the policy in question; the subject if ``None``.
+        command: that made the result.
+    """
+    contender = contender or result.subject()
+    comparisons = compare_all(result, contender.name, REFERENCE)
+    own = dict((contender.policy.results if contender.policy is not None else None) or {})
+    splits = {task.task: task.split for task in result.tasks}
+    tasks = [
+        {
+            "task": c.task, "split": splits[c.task] or None,
+            "speedup": None if c.diverged else c.speedup, "spread": None if c.diverged else c.spread,
+            "loss": c.loss, "reference_loss": c.reference_loss,
+            "held_out_loss": c.held_out_loss, "reference_held_out_loss": c.reference_held_out_loss,
+            "diverged": c.diverged > 0,
+        }
+        for c in comparisons
+    ]  # fmt: skip
+    made: dict[str, Any] = {
+        "suite": "quality, " + " ".join(result.config.tasks) + " tasks", "command": command or None,
+        "seeds": list(range(result.config.seeds)), "reference": _reference(result), "tasks": tasks,
+        "summary": _summary(result, contender),
+    }  # fmt: skip
+    own["evaluation"] = {key: value for key, value in made.items() if value is not None}
+    own["quality"] = _everything(result)
+    card.validate_results(own)
+    return own
+
+
+def write_results(folder: Path, values: dict[str, Any]) -> None:
+    """Write ``results.json`` into ``folder``."""
+    text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write(folder / "results.json", text.encode())
+
+
+def _summary(result: QualityResult, contender: Contender) -> dict[str, float | str]:
+    baselines = [c.name for c in result.contenders if c.role == "baseline"]
+    found: dict[str, float | str | None] = {}
+    for name in baselines:
+        s = summarise(compare_all(result, contender.name, name))
+        found[f"speedup over {name}, geometric mean"] = s.speedup
+        if name == REFERENCE:
+            found["spread over seeds, of its logarithm"] = s.spread
+            found["worst task"] = s.worst
+            found["runs that diverged"] = s.diverged
+            found["held-out speedup, geometric mean"] = s.held_out_speedup
+            found["held-out loss at the end, over the reference's, geometric mean"] = s.held_out_ratio
+            found["time per step, over the reference's"] = s.time_ratio
+    tuned = [c for c in result.contenders if c.role == "learned, tuned" and c.label == contender.label]
+    for c in tuned:
+        s = summarise(compare_all(result, c.name, REFERENCE))
+        found[f"speedup over {REFERENCE}, geometric mean, lr tuned too"] = s.speedup
+    return {key: _rounded(value) for key, value in found.items() if value is not None}
+
+
+def _everything(result: QualityResult) -> dict[str, Any]:
+    found = []
+    for c in result.contenders:
+        comparisons = compare_all(result, c.name, REFERENCE)
+        found.append({
+            "name": c.name, "role": c.role, "settings": len(c.settings),
+            "policy": c.policy.fingerprint() if c.policy is not None else None,
+            "summary": _plain(summarise(comparisons)),
+            "tasks": [
+                {**_plain(comparison), "setting": str(task.choices[c.name].setting), "steps": task.steps,
+                 "parameters": task.choices[c.name].runs[0].parameters}
+                for task, comparison in zip(result.tasks, comparisons, strict=True)
+            ],
+        })  # fmt: skip
+    return {
+        "reference": _reference(result), "definition": DEFINITION, "config": result.config.to_dict(),
+        "notes": list(result.notes), "contenders": found,
+    }  # fmt: skip
+
+
+def _reference(result: QualityResult) -> str:
+    count = len(next(c for c in result.contenders if c.name == REFERENCE).settings)
+    return f"AdamW, best of {count} settings per task"
+
+
+def _plain(values: Comparison | Summary) -> dict[str, Any]:
+    return {key: _rounded(value) for key, value in dataclasses.asdict(values).items()}
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def _table(head: list[str], rows: Sequence[list[str]], left: Sequence[int] = (0,)) -> list[str]:
+    align = ["---" if i in left else "---:" for i in range(len(head))]
+    return [f"| {' | '.join(row)} |" for row in (head, align, *rows)]
+
+
+def _plus_minus(s: Summary) -> str:
+    if s.speedup is None:
+        return "–"
+    return _ratio(s.speedup) + (f" ± {s.speedup * s.spread:.2f}" if s.spread is not None else "")
+
+
+def _ratio(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
+def _percent(ratio: float | None) -> str:
+    return "–" if ratio is None else f"{ratio - 1.0:+.1%}"
