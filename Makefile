@@ -5,14 +5,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test check soak results clean
+.PHONY: help demo test check results clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     train a small network with AdamW and with LearnedOptimizer, compare'
 	@echo 'make test     run the tests'
 	@echo 'make check    lint, format and types'
-	@echo 'make soak     run the tests that take minutes'
 	@echo 'make results  measure again what README.md shows'
 	@echo 'make clean    remove .venv and everything generated'
 
@@ -26,9 +25,6 @@ check: $(VENV)/.test
 	$(PY) -m ruff check
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath $(PY)
-
-soak: $(VENV)/.test
-	$(PY) -m pytest -m slow tests
 
 results: $(VENV)/.demo
 	$(PY) examples/demo.py --out docs --json docs/results/demo.json --tuned

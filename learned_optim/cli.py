@@ -55,6 +55,9 @@ COMMANDS = {
     "plot": Command(
         "draw a meta-training run", "learned_optim.meta_train.command:Plot", "learned_optim.meta_train.command:plot"
     ),
+    "bench": Command(
+        "measure rules against tuned optimizers", "learned_optim.bench.command:Bench", "learned_optim.bench.command:run"
+    ),
     "info": Command("what a policy is and how it did", "learned_optim.commands:Info", "learned_optim.commands:info"),
     "pull": Command("get a policy from the Hub", "learned_optim.commands:Pull", "learned_optim.commands:pull"),
     "push": Command("publish a policy on the Hub", "learned_optim.commands:Push", "learned_optim.commands:push"),

@@ -159,7 +159,7 @@ class LearnedOptimizer(Optimizer):
         for group, params in zip(self.param_groups, with_grad, strict=True):
             if params:
                 beta1, beta2 = group["betas"]
-                hyper = Hyperparameters(*map(float, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
+                hyper = Hyperparameters(*map(_number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
                 self._backend.run([self._job(p, group["maximize"]) for p in params], hyper)
         return loss
 
@@ -325,5 +325,9 @@ def _check_number(what: str, value: Any, below: float = math.inf) -> None:
         raise TypeError(f"Invalid {what}: {value!r} ({type(value).__name__}); expected a number")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Invalid {what}: a Tensor of shape {tuple(value.shape)}; expected 1 element")
-    if not 0.0 <= float(value) < below:
+    if not 0.0 <= _number(value) < below:
         raise ValueError(f"Invalid {what}: {value}")
+
+
+def _number(value: Any) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

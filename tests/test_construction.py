@@ -129,7 +129,16 @@ def test_it_can_be_printed():
 
 
 @pytest.mark.parametrize(
-    "lr", [1, np.float32(0.5), np.float64(0.5), np.int64(1), torch.tensor(0.5), torch.tensor([0.5])]
+    "lr",
+    [
+        1,
+        np.float32(0.5),
+        np.float64(0.5),
+        np.int64(1),
+        torch.tensor(0.5),
+        torch.tensor([[0.5]]),
+        torch.tensor(0.5, requires_grad=True),
+    ],
 )
 def test_lr_may_be_any_number(lr):
     (p,) = leaves((3,))
@@ -137,7 +146,7 @@ def test_lr_may_be_any_number(lr):
     p.grad = torch.ones(3)
     optimizer.step()
     (q,) = leaves((3,))
-    reference = make([q], lr=float(lr))
+    reference = make([q], lr=lr.item() if isinstance(lr, torch.Tensor) else float(lr))
     q.grad = torch.ones(3)
     reference.step()
     assert torch.equal(p, q)

@@ -74,7 +74,10 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
         ValueError: ``gru`` has another cell.
     """
     gated = policy.config.cell == "gated"
-    rows = [Ablation("mixture alone", with_parts(policy, ())), Ablation("+ tensor head", with_parts(policy, ["tensor_head"]))]
+    rows = [
+        Ablation("mixture alone", with_parts(policy, ())),
+        Ablation("+ tensor head", with_parts(policy, ["tensor_head"])),
+    ]
     if gated:
         rows.append(Ablation("+ learned gates", with_parts(policy, ["tensor_head", "gates"])))
         rows.append(Ablation("+ amplitude", policy))

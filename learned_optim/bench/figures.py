@@ -109,7 +109,8 @@ def summarise(comparisons: Sequence[Comparison]) -> Summary:
         math.sqrt(sum(s * s for s in log_spreads)) / len(log_spreads) if log_spreads else None,
         worst.speedup if worst else None, worst.task if worst else "",
         sum((c.speedup or FLOOR) < 1.0 for c in known),
-        _mean(_known([c.held_out_speedup for c in comparisons])), _mean(_known([c.held_out_ratio for c in comparisons])),
+        _mean(_known([c.held_out_speedup for c in comparisons])),
+        _mean(_known([c.held_out_ratio for c in comparisons])),
         _mean(_known([c.time_ratio for c in comparisons])),
         sum(c.diverged for c in comparisons), sum(c.reference_diverged for c in comparisons),
     )  # fmt: skip

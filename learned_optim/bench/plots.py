@@ -141,9 +141,8 @@ def _curves(axes: Axes, task: TaskResult, colours: dict[str, str], *, held_out: 
         t, values = _stack(choice.runs, held_out)
         if not len(t):
             continue
-        bold = not (name in _COLOURS)
-        label = f"{name}" if name == FIXED else name
-        axes.plot(t, _mean(values), color=colours[name], linewidth=2.0 if bold else 1.2, label=label,
+        bold = name not in _COLOURS
+        axes.plot(t, _mean(values), color=colours[name], linewidth=2.0 if bold else 1.2, label=name,
                   zorder=3 if bold else 2)  # fmt: skip
         if len(values) > 1:
             axes.fill_between(t, values.min(0), values.max(0), color=colours[name], alpha=0.15, linewidth=0)

@@ -92,7 +92,9 @@ class Pool:
                 pickle.dumps(job)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
                 name = job.task if isinstance(job.task, str) else job.task.name
-                raise ValueError(f"task {name!r} cannot be sent to another process ({error}); use processes=1") from error
+                raise ValueError(
+                    f"task {name!r} cannot be sent to another process ({error}); use processes=1"
+                ) from error
         if self._executor is None:
             context = multiprocessing.get_context("spawn")
             self._executor = ProcessPoolExecutor(self.processes, context, initializer=_quiet_interruption)

@@ -30,8 +30,8 @@ class QualityConfig:
         baselines: which optimizers are tuned per task. The reference is AdamW, so it is always among them.
         keep: settings of each tuned optimizer that are run on the seeds after the first: the best ones of the first
             seed. 0 runs all of them on all seeds, about twice the work of ``keep=4`` at three seeds.
-        tune_lr: also measure the first policy with its learning rate and schedule tuned per task, out of six.
-        ablations: also measure the first policy with parts of it taken away, see :mod:`learned_optim.bench.ablations`.
+        tune_lr: measure the first policy also with its learning rate and schedule tuned per task, out of six.
+        ablations: measure the first policy also with parts of it taken away, see ``learned_optim.bench.ablations``.
         gru: policy with a GRU cell for the ablations; empty takes an untrained one.
         evaluations: held-out losses taken along each run, denser at its beginning.
         processes: runs made at the same time, each with one thread.
