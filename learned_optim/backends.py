@@ -156,7 +156,7 @@ class EagerBackend:
         for job in jobs:
             if job.param.numel() > SMALL:
                 unit = _Large(self, job, hyper)
-                yield unit, unit.flat.copied
+                yield unit, job.param.numel() if unit.flat.copied else 0
             else:
                 kept = tuple(t.dtype for t in job.planes)
                 key = (job.step, job.param.device, arithmetic_dtype(job.param.dtype), kept)
@@ -279,34 +279,40 @@ def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 
 
 class Flat:
-    """Vectors over the memory of a job's tensors, all in one order of coordinates.
+    """A job's tensors as vectors, all in one order of coordinates.
 
-    Tensors that are dense and share their strides (contiguous, channels_last, transposed) are seen through views.
-    Otherwise they are copied, and :meth:`write_back` copies what has changed back.
+    Tensors that are dense and share their strides (contiguous, channels_last, transposed) are seen through views of
+    their memory. Otherwise they are copied, and :meth:`write_back` copies what has changed back.
     """
 
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.copies: list[Tensor] | None = None
-        first, *others = job.tensors
-        size = (first.numel(),)
-        if all(t.is_contiguous() for t in job.tensors):
-            self.vectors = [t.view(size) for t in job.tensors]
-        elif _is_dense(first) and all(t.stride() == first.stride() for t in others):
-            self.vectors = [t.as_strided(size, (1,)) for t in job.tensors]
-        else:
-            self.copies = [t.contiguous() for t in job.tensors]
-            self.vectors = [t.view(size) for t in self.copies]
+        self.copied = not _share_order(job.tensors)
+        self.tensors = tuple(t.contiguous() for t in job.tensors) if self.copied else job.tensors
 
     @property
-    def copied(self) -> int:
-        """Coordinates that have been copied."""
-        return 0 if self.copies is None else self.job.param.numel()
+    def vectors(self) -> list[Tensor]:
+        """[n] each."""
+        return self.piece(0, self.job.param.numel())
+
+    def piece(self, start: int, *shape: int) -> list[Tensor]:
+        """The coordinates from ``start`` on, in one or two dimensions."""
+        stride = (shape[1], 1) if len(shape) == 2 else (1,)
+        return [t.as_strided(shape, stride, t.storage_offset() + start) for t in self.tensors]
 
     def write_back(self) -> None:
-        for i, (copy, original) in enumerate(zip(self.copies or (), self.job.tensors, strict=False)):
-            if i != 1 and copy is not original:  # all but the gradient
-                original.copy_(copy)
+        """Must follow the last change of the vectors."""
+        if self.copied:
+            for i, (copy, original) in enumerate(zip(self.tensors, self.job.tensors, strict=True)):
+                if i != 1 and copy is not original:  # all but the gradient
+                    original.copy_(copy)
+
+
+def _share_order(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors' memory holds the same coordinates in the same order, without gaps."""
+    if all(t.is_contiguous() for t in tensors):
+        return True
+    return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 
 def _is_dense(tensor: Tensor) -> bool:

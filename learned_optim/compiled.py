@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
@@ -58,18 +58,17 @@ class CompiledBackend:
                 yield _Rows(self, several, hyper), copied
 
 
-def _waves(jobs: list[Job]) -> Iterator[tuple[list[Job], int]]:
+def _waves(jobs: list[Job]) -> Iterator[tuple[list[Flat], int]]:
     """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
-    wave: list[Job] = []
+    wave: list[Flat] = []
     copied = 0
     for job in jobs:
-        size = -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
-        if not all(t.is_contiguous() for t in job.tensors):
-            size += job.param.numel()  # at most
+        flat = Flat(job)
+        size = job.param.numel() if flat.copied else -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
         if wave and copied + size > COPIED:
             yield wave, copied
             wave, copied = [], 0
-        wave.append(job)
+        wave.append(flat)
         copied += size
     if wave:
         yield wave, copied
@@ -114,24 +113,21 @@ def _plan(numels: tuple[int, ...], device: torch.device) -> _Plan:
 class _Rows:
     """Tensors of the same dtypes on the same device, as rows."""
 
-    def __init__(self, backend: CompiledBackend, jobs: list[Job], hyper: Hyperparameters) -> None:
-        self.backend, self.jobs = backend, jobs
-        self.kernels = backend.kernels(jobs[0])
-        first = jobs[0]
+    def __init__(self, backend: CompiledBackend, flats: list[Flat], hyper: Hyperparameters) -> None:
+        self.backend, self.flats = backend, flats
+        self.jobs = [flat.job for flat in flats]
+        first = self.jobs[0]
+        self.kernels = backend.kernels(first)
         device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
-        self.plan = plan = _plan(tuple(job.param.numel() for job in jobs), device)
-        self.flats = [Flat(job) for job in jobs]
-        self.pieces = [
-            [t[: rows * WIDTH].view(rows, WIDTH).detach() for t in self.flats[k].vectors] for k, rows in plan.in_place
-        ]
+        self.plan = plan = _plan(tuple(job.param.numel() for job in self.jobs), device)
+        self.pieces = [flats[k].piece(0, rows, WIDTH) for k, rows in plan.in_place]
         if plan.copied:
             copied = [torch.zeros(plan.pieces[-1], WIDTH, dtype=t.dtype, device=device) for t in first.tensors]
-            tails = zip(*(self.flats[k].vectors for k, _ in plan.copied), strict=True)
-            for plane, sources in zip(copied, tails, strict=True):
-                copy_all(self._places(plane), self._tails(sources))
+            for plane, tails in zip(copied, self._tails(), strict=True):
+                copy_all(self._places(plane), tails)
             self.pieces.append(copied)
-        steps = {job.step: update_rule.step_numbers(job.step, hyper) for job in jobs}
-        numbers = torch.tensor([steps[job.step] for job in jobs], dtype=dtype, device=device)
+        steps = {step: update_rule.step_numbers(step, hyper) for step in {job.step for job in self.jobs}}
+        numbers = torch.tensor([steps[job.step] for job in self.jobs], dtype=dtype, device=device)
         self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
 
     def measure(self) -> TensorSums:
@@ -147,15 +143,16 @@ class _Rows:
         for planes, now, c in zip(self.pieces, self.numbers, coefficients.split(self.plan.pieces), strict=True):
             self.kernels.apply([*planes, now, c, weights])
         if self.plan.copied:
-            tails = zip(*(self.flats[k].vectors for k, _ in self.plan.copied), strict=True)
-            for i, (plane, targets) in enumerate(zip(self.pieces[-1], tails, strict=True)):
+            for i, (plane, tails) in enumerate(zip(self.pieces[-1], self._tails(), strict=True)):
                 if i != 1:  # the gradient stays
-                    copy_all(self._tails(targets), self._places(plane))
+                    copy_all(tails, self._places(plane))
         for flat in self.flats:
             flat.write_back()
 
-    def _tails(self, vectors: tuple[Tensor, ...]) -> list[Tensor]:
-        return [t[t.numel() - size :] for t, (_, size) in zip(vectors, self.plan.copied, strict=True)]
+    def _tails(self) -> list[list[Tensor]]:
+        """Of each plane, the coordinates that are copied, by tensor."""
+        tails = [self.flats[k].piece(self.jobs[k].param.numel() - size, size) for k, size in self.plan.copied]
+        return [list(plane) for plane in zip(*tails, strict=True)]
 
     def _places(self, plane: Tensor) -> list[Tensor]:
         """The copied coordinates of each tensor in a plane of rows."""
@@ -234,7 +231,7 @@ class ChosenBackend:
         _warn_once(str(error))
 
 
-@lru_cache(maxsize=None)
+@cache
 def _warn_once(reason: str) -> None:
     warnings.warn(
         f"learned_optim: the update rule could not be compiled and runs as plain torch operations, about five times "

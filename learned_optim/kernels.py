@@ -20,7 +20,7 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,7 +141,7 @@ def kernels(kind: Kind) -> Kernels:
     return made
 
 
-@lru_cache(maxsize=None)
+@cache
 def _made(kind: Kind) -> Kernels | CompilationError:
     units = 7 + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
     rows = 4096  # an example's; enough that the compiler expects work for several threads

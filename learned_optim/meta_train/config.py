@@ -188,6 +188,6 @@ def _toml() -> Any:
         import tomllib
 
         return tomllib
-    import tomli
+    import tomli  # pyright: ignore[reportMissingImports]  (Python 3.10)
 
     return tomli

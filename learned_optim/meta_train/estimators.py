@@ -223,7 +223,7 @@ def run_plan(policy: Policy, plan: Plan, steps: int, backend: str) -> Curve:
     hyper = plan.hyper
     return train(
         plan.task, plan.seed,
-        lambda params: LearnedOptimizer(params, lr=hyper.lr, weight_decay=hyper.weight_decay, policy=policy,
+        lambda params: LearnedOptimizer(params, lr=float(hyper.lr), weight_decay=float(hyper.weight_decay), policy=policy,
                                         backend=backend),
         steps,
     )  # fmt: skip

@@ -186,9 +186,7 @@ def test_two_windows_are_one_long_one():
     batches = take(problem, 11)
     with torch.no_grad():
         whole, losses = unroll(policy.weights(), policy.config, problem, problem.start(policy.config), batches, HYPER)
-        half, first = unroll(
-            policy.weights(), policy.config, problem, problem.start(policy.config), batches[:6], HYPER
-        )
+        half, first = unroll(policy.weights(), policy.config, problem, problem.start(policy.config), batches[:6], HYPER)
         end, second = unroll(policy.weights(), policy.config, problem, half.detached(), batches[5:], HYPER)
     torch.testing.assert_close(end.params, whole.params, rtol=0, atol=0)
     torch.testing.assert_close(torch.cat([first, second]), losses, rtol=0, atol=0)
