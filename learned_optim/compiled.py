@@ -29,9 +29,11 @@ class CompiledBackend:
         self.head = Head(policy)
         self._weights: dict[tuple, Tensor] = {}
         self._kernels: dict[tuple, Kernels] = {}
+        self._views: dict[int, _Views] = {}
 
     def prepare(self, params: list[Tensor]) -> None:
-        pass
+        if len(self._views) > len(params):
+            self._views.clear()  # of parameters that are no longer trained, among them
 
     def kernels(self, job: Job) -> Kernels:
         """Those for tensors like these."""
@@ -42,6 +44,15 @@ class CompiledBackend:
 
     def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
         run_waves(self.head, self._units([job for job in jobs if job.param.numel() > 0], hyper))
+
+    def views(self, job: Job) -> _Views:
+        """Views of the job's tensors; those of the last step, where the tensors are the same but for the gradient."""
+        views = self._views.get(id(job.param))
+        if views is None or not views.take(job):
+            views = _Views(job)
+            if not views.flat.copied:
+                self._views[id(job.param)] = views
+        return views
 
     def weights(self, like: Tensor) -> Tensor:
         key = (like.dtype, like.device)
@@ -54,24 +65,59 @@ class CompiledBackend:
         for job in jobs:
             kinds.setdefault((job.param.device, *(t.dtype for t in job.tensors)), []).append(job)
         for same_kind in kinds.values():
-            for several, copied in _waves(same_kind):
+            for several, copied in self._waves(same_kind):
                 yield _Rows(self, several, hyper), copied
 
-
-def _waves(jobs: list[Job]) -> Iterator[tuple[list[Flat], int]]:
-    """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
-    wave: list[Flat] = []
-    copied = 0
-    for job in jobs:
-        flat = Flat(job)
-        size = job.param.numel() if flat.copied else -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
-        if wave and copied + size > COPIED:
+    def _waves(self, jobs: list[Job]) -> Iterator[tuple[list[_Views], int]]:
+        """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
+        wave: list[_Views] = []
+        copied = 0
+        for job in jobs:
+            views = self.views(job)
+            size = job.param.numel() if views.flat.copied else -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
+            if wave and copied + size > COPIED:
+                yield wave, copied
+                wave, copied = [], 0
+            wave.append(views)
+            copied += size
+        if wave:
             yield wave, copied
-            wave, copied = [], 0
-        wave.append(flat)
-        copied += size
-    if wave:
-        yield wave, copied
+
+
+class _Views:
+    """A job's tensors as the rows that the kernels run over in place, and the rest that is copied."""
+
+    def __init__(self, job: Job) -> None:
+        self.flat = flat = Flat(job)
+        self.rows, self.rest = _split(job.param.numel())
+        self.in_place = flat.piece(0, self.rows, WIDTH) if self.rows else []
+        self.tail = flat.piece(self.rows * WIDTH, self.rest) if self.rest else []
+        self._known = (job.param, *job.planes)
+        self._places = [t.data_ptr() for t in self._known]
+        self._grad = (job.grad.stride(), job.grad.dtype)
+
+    def take(self, job: Job) -> bool:
+        """Whether this step's tensors lie where the last step's did, but for the gradient, whose views are renewed."""
+        grad, tensors = job.grad, (job.param, *job.planes)
+        if self._grad != (grad.stride(), grad.dtype) or self.rows * WIDTH + self.rest != job.param.numel():
+            return False
+        for new, known, place in zip(tensors, self._known, self._places, strict=True):
+            if new is not known or new.data_ptr() != place:
+                return False
+        self.flat.job = job
+        if self.rows:
+            self.in_place[1] = grad.as_strided((self.rows, WIDTH), (WIDTH, 1))
+        if self.rest:
+            self.tail[1] = grad.as_strided((self.rest,), (1,), grad.storage_offset() + self.rows * WIDTH)
+        return True
+
+    def finish(self) -> None:
+        """Write copies back, and let go of the gradient."""
+        self.flat.write_back()
+        self.flat.job, self.flat.tensors = self.flat.job._replace(grad=self._known[0]), ()
+        for views in (self.in_place, self.tail):
+            if views:
+                views[1] = views[0]
 
 
 def _split(numel: int) -> tuple[int, int]:
@@ -113,18 +159,20 @@ def _plan(numels: tuple[int, ...], device: torch.device) -> _Plan:
 class _Rows:
     """Tensors of the same dtypes on the same device, as rows."""
 
-    def __init__(self, backend: CompiledBackend, flats: list[Flat], hyper: Hyperparameters) -> None:
-        self.backend, self.flats = backend, flats
-        self.jobs = [flat.job for flat in flats]
+    def __init__(self, backend: CompiledBackend, views: list[_Views], hyper: Hyperparameters) -> None:
+        self.backend, self.views = backend, views
+        self.jobs = [one.flat.job for one in views]
         first = self.jobs[0]
         self.kernels = backend.kernels(first)
         device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
         self.plan = plan = _plan(tuple(job.param.numel() for job in self.jobs), device)
-        self.pieces = [flats[k].piece(0, rows, WIDTH) for k, rows in plan.in_place]
+        self.pieces = [views[k].in_place for k, _ in plan.in_place]
         if plan.copied:
             copied = [torch.zeros(plan.pieces[-1], WIDTH, dtype=t.dtype, device=device) for t in first.tensors]
-            for plane, tails in zip(copied, self._tails(), strict=True):
-                copy_all(self._places(plane), tails)
+            self.places = [self._places(plane) for plane in copied]
+            self.tails = [list(tails) for tails in zip(*(views[k].tail for k, _ in plan.copied), strict=True)]
+            for places, tails in zip(self.places, self.tails, strict=True):
+                copy_all(places, tails)
             self.pieces.append(copied)
         steps = {step: update_rule.step_numbers(step, hyper) for step in {job.step for job in self.jobs}}
         numbers = torch.tensor([steps[job.step] for job in self.jobs], dtype=dtype, device=device)
@@ -138,21 +186,17 @@ class _Rows:
         return TensorSums(*by_job.T.unbind())
 
     def apply(self, values: Tensor) -> None:
-        coefficients = values.T.to(self.numbers[0].dtype).index_select(0, self.plan.owner_of_row)
+        by_job = values.T.to(self.numbers[0].dtype).contiguous()
+        coefficients = by_job.index_select(0, self.plan.owner_of_row)
         weights = self.backend.weights(coefficients)
         for planes, now, c in zip(self.pieces, self.numbers, coefficients.split(self.plan.pieces), strict=True):
             self.kernels.apply([*planes, now, c, weights])
         if self.plan.copied:
-            for i, (plane, tails) in enumerate(zip(self.pieces[-1], self._tails(), strict=True)):
+            for i, (places, tails) in enumerate(zip(self.places, self.tails, strict=True)):
                 if i != 1:  # the gradient stays
-                    copy_all(tails, self._places(plane))
-        for flat in self.flats:
-            flat.write_back()
-
-    def _tails(self) -> list[list[Tensor]]:
-        """Of each plane, the coordinates that are copied, by tensor."""
-        tails = [self.flats[k].piece(self.jobs[k].param.numel() - size, size) for k, size in self.plan.copied]
-        return [list(plane) for plane in zip(*tails, strict=True)]
+                    copy_all(tails, places)
+        for one in self.views:
+            one.finish()
 
     def _places(self, plane: Tensor) -> list[Tensor]:
         """The copied coordinates of each tensor in a plane of rows."""

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.meta_train.config import MetaTrainConfig
-from learned_optim.meta_train.meta_loss import MetaLossFn
+from learned_optim.meta_train.meta_loss import MetaLossFn, final
 from learned_optim.meta_train.trajectories import Plan, Running, TaskSource, seed_of
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.optimizer import LearnedOptimizer
@@ -99,7 +99,7 @@ class BackpropTruncated(_Truncated):
         super().__init__(source, config, meta_loss)
         self.init: Tensor | None = None
         self.options = UnrollOptions(
-            config.second_order, config.held_out, config.fixed_scale, config.checkpoint_segment
+            config.second_order, config.held_out, config.fixed_scale, config.checkpoint_segment, meta_loss is final
         )
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
@@ -218,14 +218,14 @@ def with_weights(policy: Policy, weights: Weights) -> Policy:
     return other
 
 
-def run_plan(policy: Policy, plan: Plan, steps: int, backend: str) -> Curve:
+def run_plan(policy: Policy, plan: Plan, steps: int, backend: str, held_out: bool = False) -> Curve:
     """Train a planned task with the optimizer itself."""
     hyper = plan.hyper
     return train(
         plan.task, plan.seed,
-        lambda params: LearnedOptimizer(params, lr=float(hyper.lr), weight_decay=float(hyper.weight_decay), policy=policy,
-                                        backend=backend),
-        steps,
+        lambda params: LearnedOptimizer(params, lr=float(hyper.lr), weight_decay=float(hyper.weight_decay),
+                                        policy=policy, backend=backend),
+        steps, held_out=held_out,
     )  # fmt: skip
 
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,6 +19,7 @@ from learned_optim.meta_train.estimators import BackpropTruncated, Estimate, mak
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
+from learned_optim.meta_train.signals import collected_signals
 from learned_optim.meta_train.trajectories import Running, TaskSource
 from learned_optim.meta_train.validation import mean_difference, validate
 from learned_optim.optimizer import LearnedOptimizer
@@ -161,11 +159,11 @@ class _Run:
         first = distributed.rank() == 0
         bar = Progress(config.outer_steps, self.outer_step, folder.path if folder else None,
                        show_progress if first else False)  # fmt: skip
-        with _signals() as received:
+        with collected_signals() as received:
             try:
                 stop = None
                 if saved is None and config.validate_every:
-                    self.before = validate(self.policy, self.validation, config)
+                    self.before = validate(self.policy, self.validation, config, self._learned_init())
                 while self.outer_step < config.outer_steps and stop is None:
                     metrics = self._outer_step()
                     history.append(metrics)
@@ -243,18 +241,22 @@ class _Run:
 
     def _validate(self) -> float:
         """Change of the mean log-loss on the validation tasks against the start; keeps the policy if it is the best."""
-        value = mean_difference(validate(self.policy, self.validation, self.config), self.before)
+        after = validate(self.policy, self.validation, self.config, self._learned_init())
+        value = mean_difference(after, self.before)
         if value < self.best_value:
             self.best_value, self.best, self.stale = value, self._copy(), 0
         else:
             self.stale += 1
         return value
 
+    def _learned_init(self) -> dict[str, Tensor] | None:
+        """The learned initial parameters as they stand, by name."""
+        if self.init is None or self.init_problem is None:
+            return None
+        return {n: t.clone() for n, t in self.init_problem.views(self.init.detach()).items()}
+
     def _copy(self) -> tuple[Policy, dict[str, Tensor] | None]:
-        init = None
-        if self.init is not None and self.init_problem is not None:
-            init = {n: t.clone() for n, t in self.init_problem.views(self.init.detach()).items()}
-        return with_weights(self.policy, self.policy.weights()), init
+        return with_weights(self.policy, self.policy.weights()), self._learned_init()
 
     def _write(self, folder: RunFolder, name: str, what: tuple[Policy, dict[str, Tensor] | None]) -> None:
         policy, init = what
@@ -336,24 +338,3 @@ def _meta_optimizer(config: MetaTrainConfig, params: list[Tensor]) -> torch.opti
             f"unknown meta_optimizer {config.meta_optimizer!r}; known are LearnedOptimizer, {', '.join(names)}"
         )
     return cls(params, lr=config.meta_lr)  # pyright: ignore[reportCallIssue]
-
-
-@contextmanager
-def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM for the body instead of letting them end it; a second SIGINT interrupts at once."""
-    received: list[int] = []
-    if threading.current_thread() is not threading.main_thread():
-        yield received
-        return
-
-    def note(number: int, frame: Any) -> None:
-        if received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        received.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

@@ -16,6 +16,11 @@ from learned_optim.policy import PolicyConfig
 from learned_optim.tasks.base import Task, Tensors
 from learned_optim.update_rule import initial_state
 
+OTHER_PARAMETERS = (
+    "task {!r} has other parameters than those whose initial values are learned: learn them on tasks whose "
+    "parameters have the same names and shapes"
+)
+
 
 class InnerState(NamedTuple):
     """All that an inner run carries from one step to the next."""
@@ -59,6 +64,8 @@ class Problem:
             params: [n], in place of the task's own initial parameters.
         """
         vector = self.flatten(self._params) if params is None else params
+        if vector.numel() != sum(self.sizes):
+            raise ValueError(OTHER_PARAMETERS.format(self.task.name))
         planes, cosine = initial_state(config, vector.detach(), len(self.shapes))
         return InnerState(vector, planes, cosine, 0, {k: b.clone() for k, b in self._buffers.items()})
 
@@ -107,3 +114,23 @@ class _HeldOut:
         if self._eval_loss is None:
             raise ValueError(f"task {self._name!r} has no held-out data: set held_out=False or give it eval_loss")
         return self._eval_loss(params, buffers)
+
+
+class FromInit:
+    """A task that begins with given parameters.
+
+    Args:
+        task: what is trained.
+        init: initial parameters, by the names that the task gives them.
+    """
+
+    def __init__(self, task: Task, init: Tensors) -> None:
+        self.name, self.length = task.name, task.length
+        self.batches, self.loss, self.eval_loss = task.batches, task.loss, getattr(task, "eval_loss", None)
+        self._task, self._init = task, init
+
+    def init(self, rng: torch.Generator) -> tuple[Tensors, Tensors]:
+        params, buffers = self._task.init(rng)
+        if {name: p.shape for name, p in params.items()} != {name: p.shape for name, p in self._init.items()}:
+            raise ValueError(OTHER_PARAMETERS.format(self.name))
+        return {name: p.detach().clone() for name, p in self._init.items()}, buffers

@@ -29,6 +29,7 @@ class UnrollOptions(NamedTuple):
     held_out: bool = False
     fixed_scale: bool = False
     segment: int = 0
+    last_only: bool = False  #: only the last loss (of each segment) is wanted
 
 
 FIRST_ORDER = UnrollOptions()
@@ -55,7 +56,8 @@ def unroll(
         options: order of differentiation, held-out losses, checkpointing.
 
     Returns:
-        The state after T steps (with its graph) and the losses L_1 .. L_T, [T], differentiable.
+        The state after T steps (with its graph) and the losses L_1 .. L_T, [T], differentiable. With
+        ``options.last_only`` there may be fewer, and only the last of them is meant to be used.
     """
     state = state._replace(buffers={name: b.clone() for name, b in state.buffers.items()})
     length = len(batches) - 1
@@ -85,14 +87,19 @@ def _steps(
     losses = []
     last = len(batches) - 1
     for number, batch in enumerate(batches):
+        wanted = number == last or (number > 0 and not options.last_only)
+        if wanted and options.held_out:
+            losses.append(_meta_view(params, *problem.held_out(params, buffers, options.second_order), options))
+        if number == last and options.held_out:
+            break
         if number == last:
             # The next window computes this gradient again, on its own buffers; here it gives the last loss.
-            buffers_after, buffers = buffers, {name: b.clone() for name, b in buffers.items()}
+            seen, buffers = buffers, {name: b.clone() for name, b in buffers.items()}
         loss, grad = problem.gradient(params, buffers, batch, create_graph=options.second_order)
-        if number > 0:
-            losses.append(_meta_view(problem, params, buffers, loss, grad, options))
+        if wanted and not options.held_out:
+            losses.append(_meta_view(params, loss, grad, options))
         if number == last:
-            buffers = buffers_after  # pyright: ignore[reportPossiblyUnboundVariable]
+            buffers = seen  # pyright: ignore[reportPossiblyUnboundVariable]
             break
         step += 1
         params, planes, cosine = update(
@@ -102,12 +109,8 @@ def _steps(
     return InnerState(params, planes, cosine, step, buffers), torch.stack(losses)
 
 
-def _meta_view(
-    problem: Problem, params: Tensor, buffers: dict[str, Tensor], loss: Tensor, grad: Tensor, options: UnrollOptions
-) -> Tensor:
-    """The loss as the meta-loss sees it: differentiable in the parameters, on training or on held-out data."""
-    if options.held_out:
-        loss, grad = problem.held_out(params, buffers, create_graph=options.second_order)
+def _meta_view(params: Tensor, loss: Tensor, grad: Tensor, options: UnrollOptions) -> Tensor:
+    """The loss as the meta-loss sees it: differentiable in the parameters."""
     return loss if options.second_order else _KnownGradient.apply(params, loss, grad)  # pyright: ignore
 
 

@@ -1,0 +1,123 @@
+"""Two experiments of "Learning to learn by gradient descent by gradient descent" (Andrychowicz et al. 2016), in small.
+
+    python examples/article_experiments.py --out article
+
+A GRU per coordinate, with random weights, is trained by back-propagation through windows of 20 of 100 inner steps: on
+random quadratics of ten dimensions, and on a network with one hidden layer of 20 units that classifies drawn shapes.
+On instances it has not seen it is compared with SGD and Adam, each at the best of seven learning rates for these very
+instances. Prints final losses, and draws the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+from learned_optim import LearnedOptimizer, Policy
+from learned_optim.meta_train import MetaTrainConfig, meta_train
+from learned_optim.tasks import ModuleTask, TaskFamily
+from learned_optim.tasks.data_images import preprocess, shapes
+from learned_optim.tasks.rollout import train
+
+STEPS, FRESH = 100, 1_000_000  # inner steps; seeds from here on are not drawn in meta-training
+RATES = [10 ** (exponent / 2) for exponent in range(-6, 1)]
+
+
+class Quadratic:
+    """|W theta - y|^2 with W, y and the start drawn from the standard normal distribution."""
+
+    name, length = "quadratic", STEPS
+
+    def __init__(self, rng: torch.Generator) -> None:
+        self.w, self.y = torch.randn(10, 10, generator=rng), torch.randn(10, generator=rng)
+
+    def init(self, rng: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        return {"theta": torch.randn(10, generator=rng)}, {}
+
+    def batches(self, rng: torch.Generator) -> Iterator[Tensor]:
+        while True:
+            yield self.y
+
+    def loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor], batch: Tensor) -> Tensor:
+        return (self.w @ params["theta"] - batch).square().sum()
+
+
+@cache
+def images() -> tuple[Tensor, Tensor]:
+    pictures, labels = shapes(torch.Generator().manual_seed(0), 4000, 10, 12)
+    return preprocess(pictures, "standardised").flatten(1), labels
+
+
+def image_network(_: torch.Generator) -> ModuleTask:
+    def batches(rng: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        x, y = images()
+        while True:
+            index = torch.randint(len(x), (64,), generator=rng)
+            yield x[index], y[index]
+
+    return ModuleTask(
+        lambda: nn.Sequential(nn.Linear(144, 20), nn.Sigmoid(), nn.Linear(20, 10)), batches,
+        lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1]), length=STEPS,
+    )  # fmt: skip
+
+
+CONFIG = MetaTrainConfig(
+    start="gru", estimator="backprop", unroll_length=20, max_length=STEPS, inner_weight_decay=0.0, meta_lr=0.02,
+    validate_every=0,
+)  # fmt: skip
+EXPERIMENTS = {
+    "quadratics": (TaskFamily("quadratics", "", "train", Quadratic), {"inner_lr": 0.3, "outer_steps": 400}),
+    "network": (TaskFamily("network", "", "train", image_network), {"inner_lr": 0.03, "outer_steps": 250}),
+}
+
+
+def curves(family: TaskFamily, make: Callable[[list[Tensor]], Any], count: int) -> Tensor:
+    """Losses on fresh instances, [count, STEPS]."""
+    return torch.tensor([train(family.task(FRESH + i), FRESH + i, make, STEPS).losses for i in range(count)])
+
+
+def compare(family: TaskFamily, policy: Policy, inner_lr: float, count: int) -> dict[str, Tensor]:
+    found = {}
+    for cls in (torch.optim.SGD, torch.optim.Adam):
+        tried = {lr: curves(family, lambda p, lr=lr, cls=cls: cls(p, lr=lr), count) for lr in RATES}
+        best = min(tried, key=lambda lr: float(tried[lr][:, -1].mean().nan_to_num(math.inf)))
+        found[f"{cls.__name__}, lr {best:.2g}"] = tried[best]
+    learned = lambda p: LearnedOptimizer(p, lr=inner_lr, weight_decay=0.0, policy=policy)  # noqa: E731
+    return found | {"learned": curves(family, learned, count)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("article"), help="folder for curves.png")
+    parser.add_argument("--outer-steps", type=int, help="instead of each experiment's own number")
+    parser.add_argument("--instances", type=int, default=20, help="fresh ones to compare on")
+    args = parser.parse_args()
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    for axes, (name, (family, settings)) in zip(figure.subplots(1, 2), EXPERIMENTS.items(), strict=True):
+        config = dataclasses.replace(CONFIG, **settings)
+        if args.outer_steps:
+            config = dataclasses.replace(config, outer_steps=args.outer_steps)
+        policy = meta_train(config, tasks=[family]).last
+        for label, losses in compare(family, policy, config.inner_lr, args.instances).items():
+            final = losses[:, -1]
+            print(f"{name:>10}, {label:>15}: final loss {final.mean():.4f} ± {final.std():.4f}", flush=True)
+            (line,) = axes.plot(losses.median(0).values, label=label)
+            quartiles = losses.quantile(torch.tensor([0.25, 0.75]), 0)
+            axes.fill_between(range(STEPS), *quartiles, alpha=0.2, color=line.get_color(), lw=0)
+        axes.set(title=f"{name}: median, middle half", xlabel="inner step", ylabel="loss", yscale="log")
+        axes.legend(frameon=False)
+    args.out.mkdir(parents=True, exist_ok=True)
+    figure.savefig(args.out / "curves.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
