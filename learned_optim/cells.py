@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.clamps import clamp_positive
 from learned_optim.coordinates import Spread
 from learned_optim.policy import PolicyConfig
 
@@ -89,7 +90,7 @@ def gated_cell(
     new_hidden = []
     shifts = linear(weights["gate_features"], x)
     for h, rate, weight, shift in zip(hidden, coeff.rates, coeff.hidden, shifts, strict=True):
-        z = clamp_gate(rate * bounded_ratio(shift, config.gate_bound), now.gate_floor)
+        z = clamp_positive(rate * bounded_ratio(shift, config.gate_bound), now.gate_floor, 1.0)
         h = h + z * (u - h)
         d = add_product(d, weight, h)
         new_hidden.append(h)
@@ -144,10 +145,3 @@ def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
 def add_product(total: Tensor, factor: Spread, x: Tensor) -> Tensor:
     """``total + factor * x`` in one operation."""
     return torch.addcmul(total, factor, x) if isinstance(factor, Tensor) else torch.add(total, x, alpha=factor)
-
-
-def clamp_gate(z: Tensor, floor: Spread) -> Tensor:
-    """``min(1, max(floor, z))``."""
-    if isinstance(floor, Tensor):
-        return torch.maximum(z, floor.to(z.dtype)).clamp(max=1.0)
-    return z.clamp(min(floor, 1.0), 1.0)

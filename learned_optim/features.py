@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.clamps import clamp_magnitude
 from learned_optim.coordinates import Layout, Shapes, Spread
 from learned_optim.policy import PolicyConfig
 
@@ -104,7 +105,7 @@ def coordinate_features(config: PolicyConfig, n_b: Tensor, n_h: Tensor, n_u: Ten
         n_b: b over its rms in the tensor, [n]; likewise ``n_h`` (of h_1 before this step), ``n_u`` and ``n_p``.
     """
     bound = config.feature_bound
-    n_b, n_h, n_u, n_p = (n.clamp(-bound, bound) for n in (n_b, n_h, n_u, n_p))
+    n_b, n_h, n_u, n_p = (clamp_magnitude(n, bound) for n in (n_b, n_h, n_u, n_p))
     # Averages of u are odd, as b and u are, but a GRU's hidden units are even: so must be what they are multiplied by.
     by_b, by_u = (n_b.abs(), n_u.abs()) if config.cell == "gru" else (n_b, n_u)
     table = {

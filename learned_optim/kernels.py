@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim import cells, coordinates, features, rounding, update_rule
+from learned_optim import cells, clamps, coordinates, features, rounding, update_rule
 from learned_optim.cells import CoordinateState, StepNumbers
 from learned_optim.coordinates import Spread
 from learned_optim.policy import PolicyConfig, expected_shapes
@@ -218,7 +218,7 @@ def _options() -> dict[str, Any]:
 def _key(module: torch.nn.Module) -> str:
     """Equal if and only if the kernel is: of torch, of the machine, of the rule's source, and of the kind."""
     kind: Any = module.kind
-    sources = [inspect.getsource(m) for m in (update_rule, cells, features, coordinates, rounding)]
+    sources = [inspect.getsource(m) for m in (update_rule, cells, clamps, features, coordinates, rounding)]
     parts = [
         torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
         str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,

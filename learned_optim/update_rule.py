@@ -36,6 +36,7 @@ from learned_optim.cells import (
     gru_cell,
     step_numbers,
 )
+from learned_optim.clamps import clamp_positive
 from learned_optim.coordinates import Layout, Shapes, Spread
 from learned_optim.features import TensorSums, coordinate_features, statistics, tensor_context, tensor_sums
 from learned_optim.policy import PolicyConfig
@@ -46,7 +47,7 @@ def directions(grad: Tensor, state: CoordinateState, now: StepNumbers) -> tuple[
     m = state.exp_avg + (1.0 - now.beta1) * (grad - state.exp_avg)
     v = state.exp_avg_sq * now.beta2 + (1.0 - now.beta2) * (grad * grad)
     # The clamp changes no value that counts; it keeps the root differentiable where there never was a gradient.
-    inverse = 1.0 / (v.clamp(min=1e-36).sqrt() * (1.0 / now.root_bias_correction2) + now.eps)
+    inverse = 1.0 / (clamp_positive(v, 1e-36).sqrt() * (1.0 / now.root_bias_correction2) + now.eps)
     return m, v, grad * inverse, m * (inverse * (1.0 / now.bias_correction1)), state.exp_avg * inverse
 
 

@@ -11,6 +11,7 @@ quality.py          the suite: ``run_quality``
 figures.py          from runs to figures
 report.py           tables and ``results.json``
 plots.py            pictures
+step.py             what a step costs
 command.py          ``learned-optim bench``
 
 From Python::

@@ -26,10 +26,9 @@ class Suite(NamedTuple):
 
 
 SUITES = {
-    "quality": Suite(
-        "learned_optim.bench.quality_config:QualityConfig", "learned_optim.bench.quality_command:run"
-    ),
-}  # fmt: skip
+    "quality": Suite("learned_optim.bench.quality_config:QualityConfig", "learned_optim.bench.quality_command:run"),
+    "step": Suite("learned_optim.bench.config:StepBenchConfig", "learned_optim.bench.step_command:run"),
+}
 
 
 def _load(where: str) -> Any:

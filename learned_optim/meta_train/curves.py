@@ -29,13 +29,13 @@ def draw(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     left, middle, right = figure.subplots(1, 3)
     left.plot(steps, [m["meta_loss"] for m in metrics], color="0.8", linewidth=1, label="each outer step")
     left.plot(steps, _running_mean([m["meta_loss"] for m in metrics], 20), color="C0", label="mean of the last 20")
-    left.set(title="Meta-loss on the training tasks", xlabel="outer step", ylabel="meta-loss (lower is better)")
+    left.set(title="Meta-loss on the training tasks", xlabel="outer step", ylabel="meta-loss\n(lower is better)")
     left.legend(frameon=False)
     validated = [(m["outer_step"] + 1, m["validation"]) for m in metrics if m.get("validation") is not None]
     middle.axhline(0.0, color="0.6", linewidth=1, linestyle="--", label="the policy it started from")
     if validated:
         middle.plot(*zip(*validated, strict=True), marker="o", markersize=3, color="C1", label="this run")
-    middle.set(title="Validation tasks", xlabel="outer step", ylabel="change of mean log-loss (lower is better)")
+    middle.set(title="Validation tasks", xlabel="outer step", ylabel="change of mean log-loss\n(lower is better)")
     middle.legend(frameon=False)
     right.plot(steps, [m["gradient_norm"] for m in metrics], color="C2", linewidth=1)
     right.set(title="Meta-gradient", xlabel="outer step", ylabel="norm", yscale="log")

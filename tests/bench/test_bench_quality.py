@@ -220,6 +220,7 @@ def test_the_command_prints_the_table_and_writes_the_rest(tmp_path: Path, capsys
     (["--tasks", "val_mlp_leters"], "did you mean 'val_mlp_letters'"),
     (["--seeds", "0"], "seeds must be 1 or more"),
     (["--policies", "no_such_policy"], "no_such_policy"),
+    (["--repeats", "3"], "--repeats is no option of the suite quality"),
 ])  # fmt: skip
 def test_mistakes_are_one_line(options: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", "--suite", "quality", *options]) in (1, 2)
