@@ -44,7 +44,7 @@ def test_every_command_exists() -> None:
         elif program == "python":
             assert (ROOT / rest[0]).is_file(), f"no such script: {command}"
         else:
-            assert program in ("git", "cd", "pip"), f"unknown command: {command}"
+            assert program in ("git", "cd", "pip", "torchrun"), f"unknown command: {command}"
 
 
 def test_every_link_to_a_file_leads_somewhere() -> None:
