@@ -72,14 +72,15 @@ def image_network(_: torch.Generator) -> ModuleTask:
 
 
 CONFIG = MetaTrainConfig(
-    start="gru", estimator="backprop", unroll_length=20, max_length=STEPS, inner_weight_decay=0.0, validate_every=0,
+    start="gru", estimator="backprop", unroll_length=20, max_length=STEPS, inner_weight_decay=0.0, validate_every=20,
+    validation_seeds=20, validation_length=STEPS,
 )  # fmt: skip
 EIGHT = TaskFamily("eight quadratics", "", "train", lambda rng: Quadratics(rng, 8))
 ONE = TaskFamily("one quadratic", "", "validation", lambda rng: Quadratics(rng, 1))
 NETWORK = TaskFamily("network", "", "train", image_network)
 #: What is trained on, what is compared on, settings.
 EXPERIMENTS = {
-    "quadratics": (EIGHT, ONE, {"inner_lr": 0.7, "meta_lr": 0.04, "meta_batch": 2, "outer_steps": 200}),
+    "quadratics": (EIGHT, ONE, {"inner_lr": 0.7, "meta_lr": 0.03, "meta_batch": 2, "outer_steps": 300}),
     "network": (NETWORK, NETWORK, {"inner_lr": 0.03, "meta_lr": 0.02, "meta_batch": 4, "outer_steps": 200}),
 }
 
@@ -110,10 +111,11 @@ def main() -> None:
         config = dataclasses.replace(CONFIG, **settings)
         if args.outer_steps:
             config = dataclasses.replace(config, outer_steps=args.outer_steps)
-        policy = meta_train(config, tasks=[family]).last
+        policy = meta_train(config, tasks=[family], validation=[fresh]).policy
         for label, losses in compare(fresh, policy, config.inner_lr, args.instances).items():
             final = losses[:, -1]
-            print(f"{name:>10}, {label:>15}: final loss {final.mean():.4f} ± {final.std():.4f}", flush=True)
+            figures = f"{final.mean():.4f} ± {final.std():.4f}, geometric mean {final.log().mean().exp():.4f}"
+            print(f"{name:>10}, {label:>15}: final loss {figures}", flush=True)
             (line,) = axes.plot(losses.median(0).values, label=label)
             quartiles = losses.quantile(torch.tensor([0.25, 0.75]), 0)
             axes.fill_between(range(STEPS), *quartiles, alpha=0.2, color=line.get_color(), lw=0)

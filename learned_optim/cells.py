@@ -71,7 +71,7 @@ class Coefficients(NamedTuple):
 def bounded_ratio(x: Tensor, bound: float) -> Tensor:
     """A smooth, odd-in-log factor between 1/bound and bound: 1 at x = 0, f(-x) = 1 / f(x). One division."""
     a = (bound - 1.0) / (bound + 1.0)
-    base = 1.0 + x.abs()
+    base = x.abs().add_(1.0)
     return torch.add(base, x, alpha=a) / torch.sub(base, x, alpha=a)
 
 
@@ -91,7 +91,7 @@ def gated_cell(
     shifts = linear(weights["gate_features"], x)
     for h, rate, weight, shift in zip(hidden, coeff.rates, coeff.hidden, shifts, strict=True):
         z = clamp_positive(rate * bounded_ratio(shift, config.gate_bound), now.gate_floor, 1.0)
-        h = h + z * (u - h)
+        h = torch.addcmul(h, z, u - h)
         d = add_product(d, weight, h)
         new_hidden.append(h)
     (shift,) = linear([weights["amplitude"]], x)
@@ -143,5 +143,5 @@ def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
 
 
 def add_product(total: Tensor, factor: Spread, x: Tensor) -> Tensor:
-    """``total + factor * x`` in one operation."""
-    return torch.addcmul(total, factor, x) if isinstance(factor, Tensor) else torch.add(total, x, alpha=factor)
+    """``total + factor * x`` in one operation; ``total`` must not be used again, it may be overwritten."""
+    return torch.addcmul(total, factor, x) if isinstance(factor, Tensor) else total.add_(x, alpha=factor)

@@ -203,6 +203,20 @@ def test_the_gradient_is_let_go_after_a_step():
     assert [ref() for ref in grads] == [None, None]
 
 
+def test_a_step_takes_little_memory_besides_the_state():
+    params = leaves((2000, 1000), *[(100, 100)] * 50, *[(n,) for n in range(1, 300)])
+    optimizer = compile_(params)
+    run(optimizer, params, 2)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    assert 0 < peak < 0.05 * 24 * sum(p.numel() for p in params) + 16e6
+
+
 def test_a_copied_or_pickled_optimizer_goes_on_with_the_same_bits():
     params = leaves((60, 40))
     optimizer = compile_(params)

@@ -37,7 +37,7 @@ class Gpt(nn.Module):
         length: positions.
     """
 
-    def __init__(self, width: int = 256, layers: int = 12, vocabulary: int = 6_144, length: int = 256) -> None:
+    def __init__(self, width: int = 256, layers: int = 12, vocabulary: int = 6_016, length: int = 256) -> None:
         super().__init__()
         self.tokens, self.positions = nn.Embedding(vocabulary, width), nn.Embedding(length, width)
         self.blocks = nn.ModuleList(_Block(width) for _ in range(layers))
@@ -187,7 +187,9 @@ def training_steps(repeats: int, device: str = "cpu", batch: int = 8, length: in
     model = Gpt().to(device)
     params: list[Tensor] = list(model.parameters())
     made = {name: make(params) for name, make in contenders(params).items() if name in names}
-    tokens = torch.randint(6_144, (batch, length + 1), generator=torch.Generator().manual_seed(0)).to(device)
+    tokens = torch.randint(
+        model.tokens.num_embeddings, (batch, length + 1), generator=torch.Generator().manual_seed(0)
+    ).to(device)
 
     def train(optimizer: Any) -> None:
         optimizer.zero_grad()
