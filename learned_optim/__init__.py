@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learned_optim.optimizer import LearnedOptimizer as LearnedOptimizer
-    from learned_optim.policy import Policy as Policy, PolicyConfig as PolicyConfig
+    from learned_optim.policy import Policy as Policy
+    from learned_optim.policy import PolicyConfig as PolicyConfig
 
 __version__ = "0.1.0"
 

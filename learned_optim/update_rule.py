@@ -178,9 +178,7 @@ def update(
     sums = measure(layout, param, grad, state, now)
     values, cosine = coefficients(weights, config, layout, sums, cosine, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
-    param, state = apply(
-        weights, config, coeff, param, grad, state, now, fixed_scale=layout if fixed_scale else None
-    )
+    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=layout if fixed_scale else None)
     return param, state, cosine
 
 
