@@ -64,6 +64,7 @@ def main() -> None:
     parser.add_argument("--outer-steps", type=int, default=800)
     parser.add_argument("--tasks", type=int, default=200, help="fresh sinusoids to compare on")
     args = parser.parse_args()
+    torch.set_num_threads(1)  # for networks as small as these, several are slower
     config = MetaTrainConfig(
         learn="init", estimator="backprop", second_order=True, meta_loss="final", held_out=True, unroll_length=STEPS,
         max_length=STEPS, inner_lr=INNER_LR, inner_weight_decay=0.0, outer_steps=args.outer_steps, meta_lr=3e-3,

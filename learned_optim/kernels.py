@@ -165,14 +165,15 @@ def _made(kind: Kind) -> Kernels | CompilationError:
 
 
 def _just_in_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
-    compiled = torch.compile(module, fullgraph=True, dynamic=False, options=_options())
+    compiled = torch.compile(module, fullgraph=True, options=_options())
 
     def kernel(inputs: list[Tensor]) -> Sequence[Tensor]:
         return compiled(*inputs)
 
+    example = [torch.zeros_like(t) for t in example]
     for tensor in example[:with_rows]:
         torch._dynamo.mark_dynamic(tensor, 0)
-    kernel([torch.zeros_like(t) for t in example])
+    kernel(example)
     return kernel
 
 
@@ -203,15 +204,16 @@ def _load(path: Path) -> Kernel:
 
 
 def _options() -> dict[str, Any]:
-    """Inductor's: as many threads as torch is set to, multiply-adds in one instruction, no gain from kept headers."""
+    """Inductor's: as many threads as torch is set to, fused multiply-adds, nothing that slows compilation."""
     from torch._inductor import config
 
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
     contract = getattr(config.cpp, "enable_floating_point_contract_flag", None)
     if contract is not None:
         options["cpp.enable_floating_point_contract_flag"] = "fast" if isinstance(contract, str) else True
-    if hasattr(config.aot_inductor, "precompile_headers"):
-        options["aot_inductor.precompile_headers"] = False
+    for name in ("enable_line_tables", "precompile_headers"):
+        if hasattr(config.aot_inductor, name):
+            options[f"aot_inductor.{name}"] = False
     return options
 
 

@@ -333,3 +333,24 @@ def test_compiled_and_eager_agree_on_all_dtypes(dtype, state_dtype, policy):
     low = dtype in (torch.bfloat16, torch.float16) or state_dtype is not None
     for a, b in zip(params, plain, strict=True):
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-2 if low else 2e-5, atol=2e-3 if low else 2e-6)
+
+
+@pytest.mark.slow
+def test_kernels_made_by_torch_compile_as_for_other_devices_do_the_same_and_are_made_once():
+    kind = kernels.Kind(PolicyConfig(), "cpu", (torch.float32,) * 8)
+    ahead = kernels.kernels(kind)
+    planes = [torch.rand(3000, W) for _ in range(8)]
+    numbers, coefficients, weights = torch.rand(3000, 8), torch.rand(3000, 15), torch.randn(35)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # inductor's own
+        measure = kernels._just_in_time(kernels._Measure(kind), [*planes[:5], numbers], 6)
+        apply = kernels._just_in_time(kernels._Apply(kind), [*planes, numbers, coefficients, weights], 10)
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        for rows in (2, 77, 3000):
+            x = [t[:rows].clone() for t in (*planes, numbers, coefficients)]
+            y = [t.clone() for t in x]
+            assert torch.equal(measure([*x[:5], x[8]])[0], ahead.measure([*y[:5], y[8]])[0])
+            apply([*x, weights])
+            ahead.apply([*y, weights])
+            assert_same_bits(x, y)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
