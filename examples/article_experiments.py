@@ -4,7 +4,7 @@
 
 A GRU per coordinate, with random weights, is trained by back-propagation through windows of 20 of 100 inner steps: on
 random quadratics of ten dimensions, and on a network with one hidden layer of 20 units that classifies drawn shapes.
-On instances it has not seen it is compared with SGD and Adam, each at the best of seven learning rates for these very
+On instances it has not seen it is compared with SGD and Adam, each at the best of nine learning rates for these very
 instances. Prints final losses, and draws the curves.
 """
 
@@ -29,7 +29,7 @@ from learned_optim.tasks.data_images import preprocess, shapes
 from learned_optim.tasks.rollout import train
 
 STEPS, FRESH = 100, 1_000_000  # inner steps; seeds from here on are not drawn in meta-training
-RATES = [10 ** (exponent / 2) for exponent in range(-6, 1)]
+RATES = [10 ** (exponent / 2) for exponent in range(-6, 3)]
 
 
 class Quadratics:

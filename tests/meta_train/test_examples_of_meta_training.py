@@ -34,18 +34,6 @@ def test_the_articles_experiments_print_final_losses_and_draw_curves(tmp_path: P
     assert (tmp_path / "article" / "curves.png").stat().st_size > 10_000
 
 
-def test_the_documentations_code_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    text = (ROOT / "docs" / "train_your_own.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.DOTALL | re.MULTILINE)
-    assert blocks
-    names: dict[str, object] = {"__name__": "documentation"}
-    for code in blocks:
-        exec(compile(code, "docs/train_your_own.md", "exec"), names)
-    for example in re.findall(r"`(examples/\w+\.py)`", text):
-        assert (ROOT / example).is_file()
-
-
 def test_the_benchmark_of_speed_and_memory_runs(tmp_path: Path) -> None:
     pytest.importorskip("higher")
     options = ["--repeats", 1, "--lengths", 2, "--memory-lengths", 2, 4, "--million-steps", 0]
