@@ -18,7 +18,7 @@ PES                  none for the smoothed meta-loss, over    grows with the num
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -69,13 +69,13 @@ class _Truncated:
         self.running: dict[int, Running] = {}
 
     def _window(
-        self, policy: Policy, slot: int, outer_step: int, copies: int, start: Callable[[Running], Tensor | None]
+        self, policy: Policy, slot: int, outer_step: int, copies: int, init: Tensor | None = None
     ) -> tuple[Running, list]:
         running = self.running.get(slot)
         if running is None or running.step >= running.plan.length or not self._finite(running):
             self.running.pop(slot, None)
             running = Running(slot, self.source.draw(slot, outer_step), outer_step)
-            running.states = [running.problem.start(policy.config, start(running)) for _ in range(copies)]
+            running.states = [running.problem.start(policy.config, init) for _ in range(copies)]
             self.running[slot] = running
         batches = running.window(min(self.config.unroll_length, running.plan.length - running.step))
         if math.isnan(running.reference):
@@ -103,7 +103,7 @@ class BackpropTruncated(_Truncated):
         )
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
-        running, batches = self._window(policy, slot, outer_step, 1, lambda _: self.init)
+        running, batches = self._window(policy, slot, outer_step, 1, self.init)
         weights = {name: w.detach().requires_grad_(name in learned) for name, w in policy.weights().items()}
         wanted = {name: w for name, w in weights.items() if name in learned}
         state = running.states[0]
@@ -134,7 +134,7 @@ class PES(_Truncated):
     """Persistent evolution strategies: each of an antithetic pair keeps the sum of its perturbations so far."""
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
-        running, batches = self._window(policy, slot, outer_step, 2, lambda _: None)
+        running, batches = self._window(policy, slot, outer_step, 2)
         sigma, plan = self.config.sigma, running.plan
         noise = perturbation(policy, learned, sigma, self.config.seed, slot, outer_step)
         for name, value in noise.items():

@@ -62,13 +62,11 @@ def unroll(
     state = state._replace(buffers={name: b.clone() for name, b in state.buffers.items()})
     length = len(batches) - 1
     segment = options.segment or length
+    run = _recomputed if options.segment else _steps
     losses: list[Tensor] = []
     for begin in range(0, length, segment):
         part = batches[begin : min(begin + segment, length) + 1]
-        if options.segment:
-            state, part_losses = _recomputed(weights, config, problem, state, part, hyper, options)
-        else:
-            state, part_losses = _steps(weights, config, problem, state, part, hyper, options)
+        state, part_losses = run(weights, config, problem, state, part, hyper, options)
         losses.append(part_losses)
     return state, torch.cat(losses)
 

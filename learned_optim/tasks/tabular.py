@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .base import Task, TaskFamily
+from .base import LossFn, Task, TaskFamily
 from .data_optional import CLASSIFICATION_TABLES, optional_import, standardise, table
 from .nets import initialise, mlp, random_style
 from .objectives import classification, regression
@@ -31,28 +31,26 @@ from .vision import hidden_widths, mlp_work
 def table_classification(rng: torch.Generator) -> Task:
     name, make_rng = choice(rng, CLASSIFICATION_TABLES), spawn(rng)
     inputs, outputs = {"iris": (4, 3), "wine": (13, 3), "breast_cancer": (30, 2)}[name]
-    style, batch_size = random_style(rng), log_int(rng, 8, 128)
-    widths = [inputs, *hidden_widths(rng, 8, 256, (1, 4)), outputs]
-    length = run_length(rng, 200, 500, batch_size * mlp_work(widths))
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style),
-        lambda: split(table(name), make_rng()),
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return _small_table(rng, lambda: split(table(name), make_rng()), inputs, outputs, classification)
 
 
 def table_regression(rng: torch.Generator) -> Task:
     name, make_rng = choice(rng, ("diabetes", "diabetes", "linnerud")), spawn(rng)
     inputs, outputs = {"diabetes": (10, 1), "linnerud": (3, 3)}[name]
+    return _small_table(rng, lambda: split(table(name), make_rng()), inputs, outputs, regression)
+
+
+def _small_table(
+    rng: torch.Generator, load: Callable[[], tuple[Data, Data]], inputs: int, outputs: int, loss: LossFn
+) -> Task:
+    """A random perceptron on a table of few columns."""
     style, batch_size = random_style(rng), log_int(rng, 8, 128)
     widths = [inputs, *hidden_widths(rng, 8, 256, (1, 4)), outputs]
     length = run_length(rng, 200, 500, batch_size * mlp_work(widths))
     return dataset_task(
         lambda: initialise(mlp(widths, style), style),
-        lambda: split(table(name), make_rng()),
-        regression,
+        load,
+        loss,
         batch_size=batch_size,
         length=length,
     )
