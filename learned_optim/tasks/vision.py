@@ -91,6 +91,20 @@ def mlp_sparse_images(rng: torch.Generator) -> Task:
     )
 
 
+def mlp_sparse_long(rng: torch.Generator) -> Task:
+    """Many raw sparse images and a run long enough to fit them: what is bold early on must calm down late."""
+    classes, style, batch_size = integer(rng, 10, 40), random_style(rng, norms=("none", "layer")), log_int(rng, 24, 192)
+    widths = [784, *hidden_widths(rng, 64, 400, (1, 4)), classes]
+    load = image_data(
+        rng, choice(rng, ("strokes", "strokes", "blobs")), log_int(rng, 2000, 6000), classes,
+        choice(rng, ("raw", "raw", "standardised")), size=28,
+    )  # fmt: skip
+    length = run_length(rng, 500, 1500, batch_size * mlp_work(widths), seconds=6.0)
+    return dataset_task(
+        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
+    )
+
+
 def mlp_label_noise(rng: torch.Generator) -> Task:
     """Few examples, a part of them (or all) with random labels: the training loss falls by memorising."""
     size, classes, noise = integer(rng, 8, 20), integer(rng, 2, 10), choice(rng, (0.2, 0.5, 1.0))
@@ -261,6 +275,9 @@ FAMILIES = (
     TaskFamily("mlp_images", "perceptrons that classify textures and shapes", "train", mlp_images),
     TaskFamily(
         "mlp_sparse_images", "wide-input perceptrons on strokes and spots on a blank page", "train", mlp_sparse_images
+    ),
+    TaskFamily(
+        "mlp_sparse_long", "perceptrons on thousands of sparse images, until they fit them", "train", mlp_sparse_long
     ),
     TaskFamily("mlp_label_noise", "perceptrons that memorise images with random labels", "train", mlp_label_noise),
     TaskFamily("mlp_deep_narrow", "perceptrons of 6 to 20 narrow layers on small images", "train", mlp_deep_narrow),
