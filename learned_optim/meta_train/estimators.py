@@ -24,6 +24,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_loss import MetaLossFn, final
 from learned_optim.meta_train.trajectories import Plan, Running, TaskSource, seed_of
@@ -49,6 +50,7 @@ class GradientEstimator(Protocol):
     """Makes an :class:`Estimate` per slot; may keep a trajectory per slot between outer steps."""
 
     running: dict[int, Running]
+    backend: str  #: how the update rule is run: ``eager`` or ``compiled``
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
         """
@@ -67,6 +69,7 @@ class _Truncated:
     def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> None:
         self.source, self.config, self.meta_loss = source, config, meta_loss
         self.running: dict[int, Running] = {}
+        self.backend: str = chosen_backend(config, source.policy)
 
     def _window(
         self, policy: Policy, slot: int, outer_step: int, copies: int, init: Tensor | None = None
@@ -74,7 +77,7 @@ class _Truncated:
         running = self.running.get(slot)
         if running is None or running.step >= running.plan.length or not self._finite(running):
             self.running.pop(slot, None)
-            running = Running(slot, self.source.draw(slot, outer_step), outer_step)
+            running = Running(slot, self.source.draw(slot, outer_step), outer_step, self.backend == "compiled")
             running.states = [running.problem.start(policy.config, init) for _ in range(copies)]
             self.running[slot] = running
         batches = running.window(min(self.config.unroll_length, running.plan.length - running.step))
@@ -169,6 +172,7 @@ class ES:
     def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn | None = None) -> None:
         self.source, self.config, self.meta_loss = source, config, meta_loss
         self.running: dict[int, Running] = {}
+        self.backend: str = chosen_backend(config, source.policy)
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
         plan = self.source.draw(slot, outer_step)
@@ -178,7 +182,7 @@ class ES:
         for sign in (1.0, -1.0):
             moved = with_weights(policy, shifted(policy.weights(), noise, sign))
             steps = plan.length + (self.meta_loss is not None)
-            curves.append(run_plan(moved, plan, steps, self.config.backend))
+            curves.append(run_plan(moved, plan, steps, self.backend))
         if self.meta_loss is None:
             difference = self.log_slowness(*curves)
             meta_loss = sum(_log(smoothed(c.losses, plan.length)) for c in curves) / 2

@@ -27,6 +27,8 @@ from learned_optim.policy import PARTS, Policy, PolicyConfig
 from learned_optim.tasks import TaskFamily, check_task, get_families
 from learned_optim.tasks.base import Task
 
+COMPILING = "compiling the update rule, a minute or two the first time on a machine"
+
 
 class MetaTrainResult(NamedTuple):
     """What a run leaves behind."""
@@ -157,13 +159,14 @@ class _Run:
             folder.start(config)
             history = folder.rewind(self.outer_step)
         first = distributed.rank() == 0
+        compiled = self.estimator.backend == "compiled"
         bar = Progress(config.outer_steps, self.outer_step, folder.path if folder else None,
-                       show_progress if first else False)  # fmt: skip
+                       show_progress if first else False, COMPILING if compiled else "")  # fmt: skip
         with collected_signals() as received:
             try:
                 stop = None
                 if saved is None and config.validate_every:
-                    self.before = validate(self.policy, self.validation, config, self._learned_init())
+                    self.before = self._validation_losses()
                 while self.outer_step < config.outer_steps and stop is None:
                     metrics = self._outer_step()
                     history.append(metrics)
@@ -241,13 +244,16 @@ class _Run:
 
     def _validate(self) -> float:
         """Change of the mean log-loss on the validation tasks against the start; keeps the policy if it is the best."""
-        after = validate(self.policy, self.validation, self.config, self._learned_init())
+        after = self._validation_losses()
         value = mean_difference(after, self.before)
         if value < self.best_value:
             self.best_value, self.best, self.stale = value, self._copy(), 0
         else:
             self.stale += 1
         return value
+
+    def _validation_losses(self) -> dict[str, float]:
+        return validate(self.policy, self.validation, self.config, self.estimator.backend, self._learned_init())
 
     def _learned_init(self) -> dict[str, Tensor] | None:
         """The learned initial parameters as they stand, by name."""
@@ -305,6 +311,7 @@ class _Run:
                 "failures": self.failures,
                 "meta_optimizer": self.meta_optimizer.state_dict(),
                 "combiner": self.combiner.state(),
+                "backend": self.estimator.backend,
                 "running": running,
             }
         )
@@ -322,6 +329,7 @@ class _Run:
             setattr(self, name, saved[name])
         self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
         self.combiner.load(saved["combiner"])
+        self.estimator.backend = saved["backend"]  # of the run as it began, however long it is to be by now
         mine = set(distributed.mine(self.config.meta_batch))
         running = (Running.restored(r, self.source) for r in saved["running"] if r["slot"] in mine)
         self.estimator.running.update({r.slot: r for r in running})

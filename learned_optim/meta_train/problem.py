@@ -14,12 +14,17 @@ from learned_optim.cells import CoordinateState
 from learned_optim.coordinates import Segments
 from learned_optim.policy import PolicyConfig
 from learned_optim.tasks.base import Task, Tensors
+from learned_optim.tasks.warm import WarmStart
 from learned_optim.update_rule import initial_state
 
 OTHER_PARAMETERS = (
     "task {!r} has other parameters than those whose initial values are learned: learn them on tasks whose "
     "parameters have the same names and shapes"
 )
+
+
+#: Tensors lie in the vector padded to multiples of this many coordinates; the padding is and stays zero.
+ROW = 64
 
 
 class InnerState(NamedTuple):
@@ -41,21 +46,25 @@ class InnerState(NamedTuple):
 
 
 class Problem:
-    """One task with the names, shapes and places of its parameters in a vector.
+    """One task with the names, shapes and places of its parameters in a vector of n coordinates, padding included.
 
     Args:
         task: what is trained.
         seed: of its initial parameters and its batches.
+        compiled: whether the unroll's updates are run by compiled kernels.
     """
 
-    def __init__(self, task: Task, seed: int) -> None:
-        self.task, self.seed = task, seed
+    def __init__(self, task: Task, seed: int, compiled: bool = False) -> None:
+        self.task, self.seed, self.compiled = task, seed, compiled
         params, buffers = task.init(torch.Generator().manual_seed(seed))
         self.names = list(params)
         self.shapes = [p.shape for p in params.values()]
         self.sizes = [math.prod(shape) for shape in self.shapes]
-        self.layout = Segments(self.shapes)
+        self.layout = Segments(self.shapes, align=ROW)
         self._params, self._buffers = params, buffers
+        self.warm: WarmStart | None = getattr(task, "warm_start", None)
+        #: steps that the state of the first inner step counts as made already
+        self.steps_before = 0 if self.warm is None else self.warm.steps
 
     def start(self, config: PolicyConfig, params: Tensor | None = None) -> InnerState:
         """The state before the first step.
@@ -64,19 +73,29 @@ class Problem:
             params: [n], in place of the task's own initial parameters.
         """
         vector = self.flatten(self._params) if params is None else params
-        if vector.numel() != sum(self.sizes):
+        if vector.numel() != sum(self.layout.sizes):
             raise ValueError(OTHER_PARAMETERS.format(self.task.name))
         planes, cosine = initial_state(config, vector.detach(), len(self.shapes))
+        if self.warm is not None:
+            planes = planes._replace(exp_avg_sq=self.flatten(self.warm.second_moments).to(planes.exp_avg_sq))
         return InnerState(vector, planes, cosine, 0, {k: b.clone() for k, b in self._buffers.items()})
 
     def flatten(self, params: Tensors) -> Tensor:
         """Named tensors -> [n]."""
-        return torch.cat([params[name].reshape(-1) for name in self.names])
+        return self._vector([params[name] for name in self.names])
 
     def views(self, vector: Tensor) -> Tensors:
         """[n] -> named tensors that share its memory and its graph."""
-        pieces = vector.split(self.sizes)
-        return {n: piece.view(shape) for n, piece, shape in zip(self.names, pieces, self.shapes, strict=True)}
+        pieces = zip(self.names, vector.split(self.layout.sizes), self.sizes, self.shapes, strict=True)
+        return {name: piece[:size].view(shape) for name, piece, size, shape in pieces}
+
+    def _vector(self, tensors: list[Tensor]) -> Tensor:
+        pieces = []
+        for t, size, padded in zip(tensors, self.sizes, self.layout.sizes, strict=True):
+            pieces.append(t.reshape(-1))
+            if padded > size:
+                pieces.append(t.new_zeros(padded - size))
+        return torch.cat(pieces)
 
     def batches(self, skip: int = 0) -> Iterator[Any]:
         """The task's batches, from number ``skip`` on."""
@@ -92,8 +111,8 @@ class Problem:
                 tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
             loss = self.task.loss(tensors, buffers, batch)
             grads = torch.autograd.grad(loss, list(tensors.values()), create_graph=create_graph, allow_unused=True)
-        flat = [torch.zeros_like(t) if g is None else g for g, t in zip(grads, tensors.values(), strict=True)]
-        vector = torch.cat([g.reshape(-1) for g in flat])
+        given = zip(grads, tensors.values(), strict=True)
+        vector = self._vector([torch.zeros_like(t) if g is None else g for g, t in given])
         return (loss, vector) if create_graph else (loss.detach(), vector)
 
     def held_out(self, params: Tensor, buffers: Tensors, create_graph: bool = False) -> tuple[Tensor, Tensor]:
@@ -105,7 +124,7 @@ class _HeldOut:
     """A problem whose loss is the held-out one."""
 
     def __init__(self, problem: Problem) -> None:
-        self.views = problem.views
+        self.views, self._vector = problem.views, problem._vector
         self.task = self
         self._eval_loss = getattr(problem.task, "eval_loss", None)
         self._name = problem.task.name
@@ -127,6 +146,7 @@ class FromInit:
     def __init__(self, task: Task, init: Tensors) -> None:
         self.name, self.length = task.name, task.length
         self.batches, self.loss, self.eval_loss = task.batches, task.loss, getattr(task, "eval_loss", None)
+        self.warm_start: WarmStart | None = getattr(task, "warm_start", None)
         self._task, self._init = task, init
 
     def init(self, rng: torch.Generator) -> tuple[Tensors, Tensors]:

@@ -15,15 +15,17 @@ class Progress:
         done: outer steps made before.
         folder: TensorBoard's logs go to its ``tensorboard`` folder, if TensorBoard is installed.
         show: ``False`` shows nothing; ``None`` shows the bar on terminals.
+        first: what is said until the first outer step is done.
     """
 
-    def __init__(self, total: int, done: int, folder: Path | None, show: bool | None) -> None:
+    def __init__(self, total: int, done: int, folder: Path | None, show: bool | None, first: str = "") -> None:
         from tqdm import tqdm
 
         disable = None if show is None else not show
         self._bar = tqdm(
-            total=total, initial=done, unit="outer step", disable=disable, file=sys.stderr, dynamic_ncols=True
-        )
+            total=total, initial=done, unit="outer step", disable=disable, file=sys.stderr, dynamic_ncols=True,
+            desc=first or None,
+        )  # fmt: skip
         self._writer: Any = None
         if folder is not None:
             try:
@@ -35,6 +37,7 @@ class Progress:
     def update(self, metrics: dict[str, Any]) -> None:
         """Show one outer step."""
         shown = {k: f"{metrics[k]:.3f}" for k in ("meta_loss", "validation") if metrics.get(k) is not None}
+        self._bar.set_description_str(refresh=False)
         self._bar.set_postfix(shown, refresh=False)
         self._bar.update()
         if self._writer is not None:

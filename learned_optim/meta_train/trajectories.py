@@ -73,9 +73,9 @@ class TaskSource:
 class Running:
     """A trajectory under way in a slot of the meta-batch."""
 
-    def __init__(self, slot: int, plan: Plan, begun_at: int) -> None:
+    def __init__(self, slot: int, plan: Plan, begun_at: int, compiled: bool) -> None:
         self.slot, self.plan, self.begun_at = slot, plan, begun_at
-        self.problem = Problem(plan.task, plan.seed)
+        self.problem = Problem(plan.task, plan.seed, compiled)
         self.states: list[InnerState] = []  #: one, or two antithetic ones
         self.reference = math.nan  #: the loss at the trajectory's beginning
         self.accumulated: dict[str, Tensor] = {}  #: sum of the perturbations so far (PES)
@@ -103,12 +103,12 @@ class Running:
             for s in self.states
         ]  # fmt: skip
         return {"slot": self.slot, "begun_at": self.begun_at, "states": states, "reference": self.reference,
-                "accumulated": dict(self.accumulated)}  # fmt: skip
+                "compiled": self.problem.compiled, "accumulated": dict(self.accumulated)}  # fmt: skip
 
     @classmethod
     def restored(cls, saved: dict[str, Any], source: TaskSource) -> Running:
         plan = source.draw(saved["slot"], saved["begun_at"])
-        running = cls(saved["slot"], plan, saved["begun_at"])
+        running = cls(saved["slot"], plan, saved["begun_at"], saved["compiled"])
         for s in saved["states"]:
             planes = CoordinateState(s["exp_avg"], s["exp_avg_sq"], tuple(s["hidden"]))
             running.states.append(InnerState(s["params"], planes, s["cosine"], s["step"], s["buffers"]))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.meta_train.compiled_update import compiled_update
 from learned_optim.meta_train.problem import InnerState, Problem
 from learned_optim.policy import PolicyConfig
 from learned_optim.update_rule import update
@@ -82,6 +83,7 @@ def _steps(
 ) -> tuple[InnerState, Tensor]:
     """The inner loop: gradient, update, gradient, update, ...; each gradient serves as the last loss's derivative."""
     params, planes, cosine, step, buffers = state
+    run_update = compiled_update if problem.compiled else update
     losses = []
     last = len(batches) - 1
     for number, batch in enumerate(batches):
@@ -100,8 +102,8 @@ def _steps(
             buffers = seen  # pyright: ignore[reportPossiblyUnboundVariable]
             break
         step += 1
-        params, planes, cosine = update(
-            weights, config, problem.layout, params, grad, planes, cosine, float(step), hyper,
+        params, planes, cosine = run_update(
+            weights, config, problem.layout, params, grad, planes, cosine, float(problem.steps_before + step), hyper,
             fixed_scale=options.fixed_scale,
         )  # fmt: skip
     return InnerState(params, planes, cosine, step, buffers), torch.stack(losses)

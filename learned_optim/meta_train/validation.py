@@ -24,6 +24,7 @@ def validate(
     policy: Policy,
     families: Sequence[TaskFamily | Task],
     config: MetaTrainConfig,
+    backend: str,
     init: Tensors | None = None,
 ) -> dict[str, float]:
     """Train the validation tasks, always the same ones, at ``config.inner_lr``.
@@ -32,6 +33,7 @@ def validate(
         policy: to train them with.
         families: what to train; ``config.validation_seeds`` tasks of each.
         config: lengths and learning rate. With ``held_out`` the loss is that on held-out data, where there is any.
+        backend: how the update rule is run.
         init: learned initial parameters, in place of the tasks' own.
 
     Returns:
@@ -49,7 +51,7 @@ def validate(
         betas, eps = policy.config.betas, policy.config.eps
         hyper = Hyperparameters(config.inner_lr, *betas, eps, config.inner_weight_decay)
         plan = Plan(family.name, task, seed_of("validation", seed), length, hyper)
-        curve = run_plan(policy, plan, length, config.backend, config.held_out)
+        curve = run_plan(policy, plan, length, backend, config.held_out)
         start = math.log(max(curve.losses[0], 1e-10))
         final = smoothed(curve.losses, length) if curve.held_out is None else curve.held_out
         end = start + DIVERGED if curve.diverged or not math.isfinite(final) else math.log(max(final, 1e-10))

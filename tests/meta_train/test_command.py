@@ -21,7 +21,10 @@ from learned_optim.meta_train import MetaTrainConfig
 from learned_optim.meta_train.checkpoint import read_metrics
 
 ROOT = Path(__file__).parent.parent.parent
-SMALL = ("--tasks", "noisy_quadratic", "--max-length", "6", "--meta-batch", "1", "--validate-every", "0")
+SMALL = (
+    "--tasks", "noisy_quadratic", "--max-length", "6", "--meta-batch", "1", "--validate-every", "0",
+    "--backend", "eager",
+)  # fmt: skip
 
 
 def meta_train(*arguments: object) -> int:

@@ -26,7 +26,7 @@ def test_validation_sees_the_learned_parameters_and_the_best_are_kept(tmp_path):
     assert result.init is not None
     assert list(result.init) == list(task.init(torch.Generator())[0])
     assert (tmp_path / "best" / "init.safetensors").exists()
-    found = validate(result.policy, [task], settings(), result.init)
+    found = validate(result.policy, [task], settings(), "eager", result.init)
     assert math.exp(found["regression/0"]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
 
 

@@ -77,8 +77,8 @@ def test_unrolled_steps_are_the_optimizers_steps_in_every_family(name):
     assert_unroll_equals_steps(FAMILIES[name].task(1), 4, lockstep=True)
 
 
-def meta_gradient(policy, task, options, steps=7, loss=lambda losses: losses.log().mean()):
-    problem = Problem(task, seed=5)
+def meta_gradient(policy, task, options, steps=7, loss=lambda losses: losses.log().mean(), compiled=False):
+    problem = Problem(task, seed=5, compiled=compiled)
     weights = policy.weights()
     start = problem.start(policy.config)
     _, losses = unroll(weights, policy.config, problem, start, take(problem, steps + 1), HYPER, options)

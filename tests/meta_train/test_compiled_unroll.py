@@ -1,0 +1,96 @@
+"""The compiled unroll is the eager one, faster; and it is compiled once."""
+
+import pytest
+import torch
+from small_tasks import regression
+from torch import nn
+
+from learned_optim import Policy, PolicyConfig
+from learned_optim.cells import Hyperparameters
+from learned_optim.kernels import find_compiler
+from learned_optim.meta_train import MetaTrainConfig
+from learned_optim.meta_train.backend import chosen_backend, planned_inner_steps
+from learned_optim.meta_train.problem import ROW, Problem
+from learned_optim.meta_train.unroll import unroll
+
+HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
+
+
+def wide(width):
+    return lambda: nn.Sequential(
+        nn.Linear(5, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 1)
+    )
+
+
+def meta_gradient(policy, width, compiled, lr=HYPER.lr):
+    problem = Problem(regression(module=wide(width)), seed=5, compiled=compiled)
+    batches = problem.batches()
+    state, losses = unroll(
+        policy.weights(), policy.config, problem, problem.start(policy.config), [next(batches) for _ in range(5)],
+        HYPER._replace(lr=lr),
+    )  # fmt: skip
+    grads = torch.autograd.grad(losses.log().mean(), list(policy.weights().values()))
+    return state, losses.detach(), grads
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.skipif(find_compiler("cpu") is None, reason="no C++ compiler")
+def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once():
+    policy = Policy()
+    with torch.no_grad():
+        for w in policy.parameters():
+            w.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
+    compilations = torch._dynamo.utils.counters["stats"]
+    graphs = None
+    for width, lr in ((72, 3e-2), (90, 1e-2), (101, 3e-3)):
+        expected_state, expected, expected_grads = meta_gradient(policy, width, compiled=False, lr=lr)
+        state, losses, grads = meta_gradient(policy, width, compiled=True, lr=lr)
+        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(state.params, expected_state.params, rtol=1e-4, atol=1e-5)
+        for found, wanted in zip(grads, expected_grads, strict=True):
+            # Relative to the largest entry: single precision, and many entries are sums that nearly cancel.
+            torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=1e-3)
+        graphs = graphs or compilations["unique_graphs"]
+        assert compilations["unique_graphs"] == graphs
+
+
+def test_padding_stays_zero_and_is_not_counted():
+    policy, problem = Policy(), Problem(regression(), seed=5)
+    start = problem.start(policy.config)
+    assert start.params.numel() % ROW == 0
+    batches = problem.batches()
+    with torch.no_grad():
+        end, _ = unroll(policy.weights(), policy.config, problem, start, [next(batches) for _ in range(6)], HYPER)
+    used = problem.flatten(dict.fromkeys(problem.names, torch.zeros(())) | {
+        name: torch.ones_like(t) for name, t in problem.views(start.params).items()
+    }) > 0  # fmt: skip
+    assert int(used.sum()) == sum(p.numel() for p in problem.views(start.params).values())
+    for plane in (end.params, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden):
+        assert not plane[~used].any()
+    assert problem.layout.numel.tolist() == [p.numel() for p in problem.views(start.params).values()]
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (MetaTrainConfig(outer_steps=4), "eager"),
+        (MetaTrainConfig(outer_steps=400), "compiled"),
+        (MetaTrainConfig(outer_steps=400, backend="eager"), "eager"),
+        (MetaTrainConfig(outer_steps=400, estimator="backprop", unroll_length=5), "eager"),
+        (MetaTrainConfig(outer_steps=4000, estimator="backprop", unroll_length=20), "compiled"),
+    ],
+)
+def test_long_runs_are_compiled(monkeypatch, config, expected):
+    monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: "c++")
+    assert chosen_backend(config, PolicyConfig()) == expected
+    assert chosen_backend(config, PolicyConfig.gru()) == config.backend.replace("auto", "eager")
+    monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: None)
+    assert chosen_backend(config, PolicyConfig()) == config.backend.replace("auto", "eager")
+
+
+def test_planned_inner_steps_count_both_runs_of_a_pair():
+    config = MetaTrainConfig(outer_steps=3, meta_batch=2, max_length=50, unroll_length=7)
+    assert planned_inner_steps(config) == 3 * 2 * 2 * 50
+    assert (
+        planned_inner_steps(MetaTrainConfig(outer_steps=3, meta_batch=2, estimator="backprop", unroll_length=7)) == 42
+    )
