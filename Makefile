@@ -5,12 +5,13 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 
-.PHONY: help demo test check results clean
+.PHONY: help demo test test-clients check results clean
 .DELETE_ON_ERROR:
 
 help:
 	@echo 'make demo     train a small network with AdamW and with LearnedOptimizer, compare'
 	@echo 'make test     run the tests'
+	@echo 'make test-clients  the tests with transformers, accelerate and Lightning'
 	@echo 'make check    lint, format and types'
 	@echo 'make results  measure again what README.md shows'
 	@echo 'make clean    remove .venv and everything generated'
@@ -19,7 +20,10 @@ demo: $(VENV)/.demo
 	$(PY) examples/demo.py --out demo
 
 test: $(VENV)/.test
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m 'not slow' --ignore tests/clients tests
+
+test-clients: $(VENV)/.clients
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal tests/clients
 
 check: $(VENV)/.test
 	$(PY) -m ruff check
@@ -43,6 +47,23 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
 	$(PIP) -e '.[tasks]'
 	@touch $@
 
+$(VENV)/.clients: pyproject.toml constraints.txt | $(PY)
+	$(PIP) -e '.[test,clients]'
+	@touch $@ $(VENV)/.test $(VENV)/.demo
+
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)
 	$(PIP) -e '.[test]'
 	@touch $@ $(VENV)/.demo
+
+# The language model that learns while it reads: examples/dynamic_language_model/README.md
+LANGUAGE_MODEL := examples/dynamic_language_model
+TEXT ?= python
+.PHONY: language-model language-model-full
+
+language-model: $(VENV)/.demo
+	$(PY) $(LANGUAGE_MODEL)/evaluate.py --quick --threads 2 --text $(TEXT) --out runs/language-model
+	$(PY) $(LANGUAGE_MODEL)/plots.py runs/language-model
+
+language-model-full: $(VENV)/.demo
+	$(PY) $(LANGUAGE_MODEL)/evaluate.py --threads 2 --text $(TEXT) --out runs/language-model-full
+	$(PY) $(LANGUAGE_MODEL)/plots.py runs/language-model-full

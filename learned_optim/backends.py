@@ -3,9 +3,7 @@
 Everything here is bookkeeping: which coordinates are shown to :mod:`learned_optim.update_rule` together. Results do
 not depend on it: a tensor's update is bit-identical whatever other tensors are in its group, and in what order.
 
-A step goes in three passes: the sums of every tensor (:func:`~learned_optim.update_rule.measure`), the head for all
-tensors at once (:func:`~learned_optim.update_rule.coefficients`), then every coordinate
-(:func:`~learned_optim.update_rule.apply`). Sums of a tensor's parts add up between the first two.
+The passes of a step over what is shown together are those of :mod:`learned_optim.waves`.
 """
 
 from __future__ import annotations
@@ -20,10 +18,11 @@ from torch import Tensor
 
 from learned_optim import update_rule
 from learned_optim.cells import CoordinateState, Hyperparameters
-from learned_optim.coordinates import Segments, Whole, tensor_shape_context
+from learned_optim.coordinates import Segments, Whole
 from learned_optim.features import TensorSums
 from learned_optim.policy import Policy
 from learned_optim.rounding import rounded_state
+from learned_optim.waves import Head, copy_all
 
 #: Tensors up to this many coordinates are run side by side, in vectors of up to this many coordinates. Below torch's
 #: grain size for threads, so that no thread boundary can fall differently when tensors are grouped differently.
@@ -32,11 +31,6 @@ SMALL = 1 << 15
 CHUNK = 1 << 16
 #: Padding of small tensors: a multiple of every SIMD vector's length.
 ALIGN = 64
-#: Per-tensor numbers are computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors
-#: again, so that a tensor's bits do not depend on how many tensors are run with it.
-COLUMNS = 16
-#: Coordinates copied side by side, or copied because of their strides, before the passes are run over them.
-COPIED = 1 << 19
 
 
 class Job(NamedTuple):
@@ -47,6 +41,9 @@ class Job(NamedTuple):
     planes: tuple[Tensor, ...]  #: exp_avg, exp_avg_sq, hidden_0, ...
     cosine: tuple[Tensor, Tensor]  #: 0-d
     step: float  #: t >= 1
+    hyper: Hyperparameters
+    shape: torch.Size  #: of the whole parameter, of which the tensors may be a shard
+    place: tuple[int, int]  #: number of the parameter's group, and of the parameter in it
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -60,12 +57,18 @@ class Backend(Protocol):
         """What is used, and why."""
         ...
 
+    @property
+    def head(self) -> Head: ...
+
     def prepare(self, params: list[Tensor]) -> None:
         """Hear, before a step, of all parameters that it will update."""
         ...
 
-    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
-        """Update every job's parameter, planes and cosines in place."""
+    def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
+        """All jobs that have coordinates, each in one unit, and how many coordinates the unit has copied.
+
+        They are made one by one, as they are wanted. The same jobs give the same units again.
+        """
         ...
 
 
@@ -88,21 +91,6 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-class Columns(NamedTuple):
-    """Shapes of K tensors, and of as many empty ones as make K a multiple of ``COLUMNS``."""
-
-    numel: Tensor
-    shape_context: Tensor
-
-
-@lru_cache(maxsize=256)
-def _columns(shapes: tuple[torch.Size, ...], device: torch.device) -> Columns:
-    padded = (*shapes, *[torch.Size((0,))] * (-len(shapes) % COLUMNS))
-    context = torch.tensor([tensor_shape_context(shape) for shape in padded], dtype=torch.float64, device=device)
-    numel = torch.tensor([float(max(math.prod(s), 1)) for s in padded], dtype=torch.float64, device=device)
-    return Columns(numel, context.T.contiguous())
-
-
 @lru_cache(maxsize=1024)
 def _whole(shape: torch.Size, device: torch.device) -> Whole:
     return Whole(shape, device)
@@ -111,30 +99,6 @@ def _whole(shape: torch.Size, device: torch.device) -> Whole:
 @lru_cache(maxsize=256)
 def _segments(shapes: tuple[torch.Size, ...], device: torch.device) -> Segments:
     return Segments(shapes, align=ALIGN, device=device)
-
-
-class Head:
-    """The policy's tensor head over all tensors of a wave."""
-
-    def __init__(self, policy: Policy) -> None:
-        self.config = policy.config
-        self.weights = {name: w.detach().clone() for name, w in policy.weights().items()}
-
-    def __call__(self, jobs: list[Job], sums: TensorSums) -> Tensor:
-        """[C, len(jobs)] in float64; the jobs' cosines are updated."""
-        device = sums.u_u.device
-        layout = _columns(tuple(job.param.shape for job in jobs), device)
-        missing = layout.numel.numel() - len(jobs)
-        padded = TensorSums(*(torch.nn.functional.pad(s, (0, missing)) for s in sums))
-        cosine = torch.zeros(2, len(jobs) + missing, dtype=torch.float64, device=device)
-        for i in range(2):
-            copy_all(list(cosine[i].unbind()[: len(jobs)]), [job.cosine[i] for job in jobs])
-        step = torch.tensor([job.step for job in jobs] + [1.0] * missing, dtype=torch.float64, device=device)
-        weights = {k: w.to(device) for k, w in self.weights.items()}
-        values, cosine = update_rule.coefficients(weights, self.config, layout, padded, cosine, step)
-        for i in range(2):
-            copy_all([job.cosine[i] for job in jobs], list(cosine[i].unbind()[: len(jobs)]))
-        return values[:, : len(jobs)]
 
 
 class EagerBackend:
@@ -148,59 +112,30 @@ class EagerBackend:
     def prepare(self, params: list[Tensor]) -> None:
         pass
 
-    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
-        run_waves(self.head, self._units([job for job in jobs if job.param.numel() > 0], hyper))
-
-    def _units(self, jobs: list[Job], hyper: Hyperparameters) -> Iterator[tuple[Unit, int]]:
+    def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
         small: dict[tuple, list[Job]] = {}
         for job in jobs:
             if job.param.numel() > SMALL:
-                unit = _Large(self, job, hyper)
+                unit = _Large(self, job)
                 yield unit, job.param.numel() if unit.flat.copied else 0
-            else:
+            elif job.param.numel() > 0:
                 kept = tuple(t.dtype for t in job.planes)
-                key = (job.step, job.param.device, arithmetic_dtype(job.param.dtype), kept)
+                key = (job.hyper, job.step, job.param.device, arithmetic_dtype(job.param.dtype), kept)
                 small.setdefault(key, []).append(job)
         for same_kind in small.values():
             for batch in _bins(same_kind):
-                unit = _Batch(self, batch, hyper)
+                unit = _Batch(self, batch)
                 yield unit, sum(unit.layout.sizes)
-
-
-def run_waves(head: Head, units: Iterable[tuple[Unit, int]]) -> None:
-    """The three passes, over as many units at once as one device holds and ``COPIED`` allows.
-
-    Args:
-        head: of the policy.
-        units: with the coordinates that each has copied; they are made one by one, as they are wanted.
-    """
-    wave: list[Unit] = []
-    copied = 0
-    for unit, size in units:
-        if wave and (copied + size > COPIED or unit.jobs[0].param.device != wave[0].jobs[0].param.device):
-            _run_wave(head, wave)
-            wave, copied = [], 0
-        wave.append(unit)
-        copied += size
-    if wave:
-        _run_wave(head, wave)
-
-
-def _run_wave(head: Head, wave: list[Unit]) -> None:
-    sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure() for unit in wave), strict=True)))
-    values = head([job for unit in wave for job in unit.jobs], sums)
-    for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
-        unit.apply(columns)
 
 
 class _Large:
     """One tensor, in chunks."""
 
-    def __init__(self, backend: EagerBackend, job: Job, hyper: Hyperparameters) -> None:
+    def __init__(self, backend: EagerBackend, job: Job) -> None:
         self.backend, self.jobs = backend, [job]
         self.dtype = arithmetic_dtype(job.param.dtype)
         self.layout = _whole(job.param.shape, job.param.device)
-        self.now = update_rule.step_numbers(job.step, hyper)
+        self.now = update_rule.step_numbers(job.step, job.hyper)
         self.flat = Flat(job)
 
     def measure(self) -> TensorSums:
@@ -228,12 +163,12 @@ class _Large:
 class _Batch:
     """Small tensors of the same dtype, device and step, side by side in one vector."""
 
-    def __init__(self, backend: EagerBackend, jobs: list[Job], hyper: Hyperparameters) -> None:
+    def __init__(self, backend: EagerBackend, jobs: list[Job]) -> None:
         self.backend, self.jobs = backend, jobs
         first = jobs[0]
         self.dtype = arithmetic_dtype(first.param.dtype)
         self.layout = _segments(tuple(job.param.shape for job in jobs), first.param.device)
-        self.now = update_rule.step_numbers(first.step, hyper)
+        self.now = update_rule.step_numbers(first.step, first.hyper)
         size = sum(self.layout.sizes)
         vectors = torch.zeros(len(first.tensors), size, dtype=self.dtype, device=first.param.device)
         for vector, sources in zip(vectors, zip(*(job.tensors for job in jobs), strict=True), strict=True):
@@ -257,10 +192,6 @@ class _Batch:
         """The jobs' coordinates in a padded vector, each shaped like its parameter."""
         pieces = zip(vector.split(self.layout.sizes), self.jobs, strict=True)
         return [piece[: job.param.numel()].view(job.param.shape) for piece, job in pieces]
-
-
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
-    torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.backends import COPIED, Backend, EagerBackend, Flat, Head, Job, Unit, copy_all, run_waves
-from learned_optim.cells import Hyperparameters
+from learned_optim.backends import Backend, EagerBackend, Flat, Job, Unit
 from learned_optim.features import TensorSums
 from learned_optim.kernels import WIDTH, CompilationError, Kernels, Kind, find_compiler, flat_weights, kernels
 from learned_optim.policy import Policy
+from learned_optim.waves import COPIED, Head, copy_all
 
 #: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
 #: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
@@ -42,8 +42,14 @@ class CompiledBackend:
             self._kernels[key] = kernels(Kind(self.head.config, *key))
         return self._kernels[key]
 
-    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
-        run_waves(self.head, self._units([job for job in jobs if job.param.numel() > 0], hyper))
+    def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
+        kinds: dict[tuple, list[Job]] = {}
+        for job in jobs:
+            if job.param.numel() > 0:
+                kinds.setdefault((job.param.device, *(t.dtype for t in job.tensors)), []).append(job)
+        for same_kind in kinds.values():
+            for several, copied in self._waves(same_kind):
+                yield _Rows(self, several), copied
 
     def views(self, job: Job) -> _Views:
         """Views of the job's tensors; those of the last step, where the tensors are the same but for the gradient."""
@@ -59,14 +65,6 @@ class CompiledBackend:
         if key not in self._weights:
             self._weights[key] = flat_weights(self.head.config, self.head.weights, like)
         return self._weights[key]
-
-    def _units(self, jobs: list[Job], hyper: Hyperparameters) -> Iterator[tuple[Unit, int]]:
-        kinds: dict[tuple, list[Job]] = {}
-        for job in jobs:
-            kinds.setdefault((job.param.device, *(t.dtype for t in job.tensors)), []).append(job)
-        for same_kind in kinds.values():
-            for several, copied in self._waves(same_kind):
-                yield _Rows(self, several, hyper), copied
 
     def _waves(self, jobs: list[Job]) -> Iterator[tuple[list[_Views], int]]:
         """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
@@ -159,7 +157,7 @@ def _plan(numels: tuple[int, ...], device: torch.device) -> _Plan:
 class _Rows:
     """Tensors of the same dtypes on the same device, as rows."""
 
-    def __init__(self, backend: CompiledBackend, views: list[_Views], hyper: Hyperparameters) -> None:
+    def __init__(self, backend: CompiledBackend, views: list[_Views]) -> None:
         self.backend, self.views = backend, views
         self.jobs = [one.flat.job for one in views]
         first = self.jobs[0]
@@ -174,8 +172,8 @@ class _Rows:
             for places, tails in zip(self.places, self.tails, strict=True):
                 copy_all(places, tails)
             self.pieces.append(copied)
-        steps = {step: update_rule.step_numbers(step, hyper) for step in {job.step for job in self.jobs}}
-        numbers = torch.tensor([steps[job.step] for job in self.jobs], dtype=dtype, device=device)
+        kinds = {key: update_rule.step_numbers(*key) for key in {(job.step, job.hyper) for job in self.jobs}}
+        numbers = torch.tensor([kinds[job.step, job.hyper] for job in self.jobs], dtype=dtype, device=device)
         self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
 
     def measure(self) -> TensorSums:
@@ -227,6 +225,10 @@ class ChosenBackend:
     def name(self) -> str:
         return "; ".join(self._reasons) or "not chosen before the first step"
 
+    @property
+    def head(self) -> Head:
+        return self._eager.head
+
     def prepare(self, params: list[Tensor]) -> None:
         sizes: dict[tuple[str, torch.dtype], int] = {}
         for p in params:
@@ -252,7 +254,7 @@ class ChosenBackend:
             return False, f"; no compiler for {device}"
         return True, ""
 
-    def run(self, jobs: list[Job], hyper: Hyperparameters) -> None:
+    def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
         compiled, eager = [], []
         for job in jobs:
             key = (job.param.device.type, job.param.dtype)
@@ -263,10 +265,8 @@ class ChosenBackend:
         except CompilationError as error:
             self._fail(error)
             compiled, eager = [], jobs
-        if compiled:
-            self._compiled.run(compiled, hyper)
-        if eager:
-            self._eager.run(eager, hyper)
+        yield from self._compiled.units(compiled)
+        yield from self._eager.units(eager)
 
     def _fail(self, error: CompilationError) -> None:
         self._failed = True

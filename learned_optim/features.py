@@ -56,17 +56,15 @@ class TensorStatistics(NamedTuple):
 
 def statistics(layout: Shapes, sums: TensorSums) -> TensorStatistics:
     """Means and cosines from sums; float64, so that rounding does not depend on which tensors are batched."""
-    u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / layout.numel for s in sums)
+    means = torch.stack(sums).double() / layout.numel
+    # The floor keeps the root's derivative finite at zero; it lies far below every threshold further on.
+    roots = TensorSums(*means.clamp(min=1e-60).sqrt().unbind())
+    u_u, _, abs_b, _, _, u_r, r_r = means.unbind()
     tiny = torch.finfo(torch.float32).tiny
     return TensorStatistics(
-        rms_u=_root(u_u), rms_b=_root(b_b), rms_h=_root(h_h), rms_p=_root(p_p), mean_abs_b=abs_b,
+        rms_u=roots.u_u, rms_b=roots.b_b, rms_h=roots.h_h, rms_p=roots.p_p, mean_abs_b=abs_b,
         cosine=u_r / (u_u * r_r).clamp(min=tiny**2).sqrt(),
     )  # fmt: skip
-
-
-def _root(mean_square: Tensor) -> Tensor:
-    # The floor keeps the root's derivative finite at zero; it lies far below every threshold further on.
-    return mean_square.clamp(min=1e-60).sqrt()
 
 
 def tensor_context(
@@ -86,10 +84,10 @@ def tensor_context(
     """
     log_numel, is_vector, is_convolution, log_fan_ratio = layout.shape_context
     one = torch.ones_like(log_numel)
+    log_rms = torch.stack((stats.rms_p, stats.rms_b, stats.rms_h, stats.rms_u)).clamp(min=1e-4).log()
     rows = (
         one, (one * step).log(), log_numel, is_vector, is_convolution, log_fan_ratio,
-        stats.rms_p.clamp(min=1e-4).log(), cosine[0], cosine[1],
-        stats.rms_b.clamp(min=1e-4).log(), stats.rms_h.clamp(min=1e-4).log(), stats.rms_u.clamp(min=1e-4).log(),
+        log_rms[0], cosine[0], cosine[1], log_rms[1], log_rms[2], log_rms[3],
         (stats.mean_abs_b.clamp(min=1e-30) / stats.rms_b).clamp(1e-3, 1.0).log(),
     )  # fmt: skip
     center = one.new_tensor(config.context_center).unsqueeze(1)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterable, Mapping
-from numbers import Real
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,10 +10,15 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from learned_optim.arguments import check_group, number
 from learned_optim.backends import Job, arithmetic_dtype
 from learned_optim.cells import Hyperparameters
 from learned_optim.compiled import make_backend
+from learned_optim.diagnostics import of_records
 from learned_optim.policy import Policy
+from learned_optim.saved_state import AsSaved, checked
+from learned_optim.sharding import find_shards, gradient_as, local
+from learned_optim.waves import Record, run, run_shards
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -105,6 +108,7 @@ class LearnedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self._backend_name = backend
         self._backend = make_backend(backend, self.policy)
+        self._records: list[Record] = []  # of the last step
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": self.policy.config.betas if betas is None else betas,
@@ -113,7 +117,7 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "policy": f"{self.policy.fingerprint()} ({self.policy.source})",
         }
-        _check_group(defaults)
+        check_group(defaults)
         super().__init__(params, defaults)
 
     @property
@@ -121,13 +125,49 @@ class LearnedOptimizer(Optimizer):
         """How the rule is run, and why."""
         return self._backend.name
 
+    def diagnostics(self) -> dict[str, dict[str, float]]:
+        """What the rule did in the last step, for each parameter that it updated.
+
+        Computed when asked, from a few dozen numbers per tensor that the step leaves behind: no pass over memory, no
+        communication, nothing in checkpoints. Empty before the first step.
+
+        Returns:
+            By parameter name where ``named_parameters()`` were given, else by ``"group.index"``, these figures:
+
+            - ``step``, ``lr``: the parameter's own count of updates, and the learning rate of the last.
+            - ``step_size``: the sum of the mixture's weights, relative to lr; AdamW has 1.
+            - ``share_momentum``, ``share_gradient``, ``share_hidden_0``, ...: the parts of it; AdamW has momentum
+              only. ``disagreeing``: the factor of coordinates that would move against the present gradient.
+            - ``update_rms``: rms of the update over lr, without weight decay, and ``update_to_adamw``: over that of
+              AdamW at the same lr. An *estimate*, from sums, not from coordinates: mostly within a
+              quarter, and less good for tensors of a few coordinates.
+            - ``rms_gradient``, ``rms_momentum``: of gradient and momentum over sqrt(v); momentum far below gradient
+              means noise. ``cosine`` of the two, and its ``cosine_fast`` and ``cosine_slow`` averages: steadily
+              positive means steps are too small, negative too large. ``sparsity`` of the momentum: 0 where all
+              coordinates are alike, about 0.36 where they are normal, near 1 where few count. ``rms_parameter``.
+            - ``rms_hidden_0``: of the first hidden unit before the step; 1 where gradients never change sign.
+              ``window_0``, ...: over how many steps each hidden unit averages, ``step`` at most; the coordinates' own
+              gates, which vary it, are left out.
+
+            A tensor with a gradient that is not finite has NaN here.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> opt = LearnedOptimizer(model.named_parameters())
+            >>> model(torch.randn(8, 3)).square().mean().backward()
+            >>> opt.step()
+            >>> sorted(opt.diagnostics())
+            ['bias', 'weight']
+        """
+        return of_records(self.policy.config, self.param_groups, self._records)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
         if isinstance(param_group, dict):
             for name in ("betas", "eps"):
                 if name in param_group and param_group[name] is None:
                     param_group = {**param_group, name: self.defaults[name]}
-            _check_group({**self.defaults, **param_group})
+            check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.compiler.disable  # the rule's numbers change with every step: traced, they would be frozen into the graph
@@ -148,22 +188,30 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_grad = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        for p in (p for params in with_grad for p in params):
+        with_grad = [
+            ((g, i), p)
+            for g, group in enumerate(self.param_groups)
+            for i, p in enumerate(group["params"])
+            if p.grad is not None
+        ]
+        for _, p in with_grad:
             if p.grad.layout != torch.strided:
                 raise RuntimeError(
                     f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
                     f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
                 )
-        self._backend.prepare([p for params in with_grad for p in params])
-        for group, params in zip(self.param_groups, with_grad, strict=True):
-            if params:
-                beta1, beta2 = group["betas"]
-                hyper = Hyperparameters(*map(_number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
-                self._backend.run([self._job(p, group["maximize"]) for p in params], hyper)
+        shards = find_shards(self.param_groups)
+        self._backend.prepare([p for _, p in with_grad])
+        hypers = [_hyperparameters(group) for group in self.param_groups]
+        jobs = [self._job((g, i), p, hypers[g], self.param_groups[g]["maximize"]) for (g, i), p in with_grad]
+        self._records = []
+        for some in shards:
+            shares = [job for job in jobs if job.place in some.columns]
+            self._records += run_shards(self._backend, shares, some.columns, some.device, some.add_up)
+        self._records += run(self._backend, [j for j in jobs if not any(j.place in some.columns for some in shards)])
         return loss
 
-    def _job(self, p: Tensor, maximize: bool) -> Job:
+    def _job(self, place: tuple[int, int], p: Tensor, hyper: Hyperparameters, maximize: bool) -> Job:
         state = self.state[p]
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
@@ -175,11 +223,15 @@ class LearnedOptimizer(Optimizer):
         grad = p.grad
         if grad is None:
             raise RuntimeError("a parameter without gradient cannot be updated")
-        tensors = [p, -grad if maximize else grad, *(state[key] for key in self._plane_keys())]
+        tensors = [local(t) for t in (p, gradient_as(p, grad), *(state[key] for key in self._plane_keys()))]
+        shape = p.shape
         if p.is_complex():
             tensors = [torch.view_as_real(t.resolve_conj()) for t in tensors]
-        return Job(tensors[0], tensors[1], tuple(tensors[2:]), (state["cosine_fast"], state["cosine_slow"]),
-                   float(state["step"]))  # fmt: skip
+            shape = torch.Size((*shape, 2))
+        if maximize:
+            tensors[1] = -tensors[1]
+        cosine = (state["cosine_fast"], state["cosine_slow"])
+        return Job(tensors[0], tensors[1], tuple(tensors[2:]), cosine, float(state["step"]), hyper, shape, place)
 
     def _plane_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
@@ -204,13 +256,28 @@ class LearnedOptimizer(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p, values in state["state"].items():
             for key, value in values.items() if isinstance(values, dict) else ():
-                if isinstance(value, _AsSaved):
+                if isinstance(value, AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
+        self._records = []
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:
             self._backend = make_backend(self._backend_name, self.policy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
+
+        Where classic FSDP has flattened the parameters, the averages of the cosine are saved as 0 and begin anew in a
+        run that is resumed: every process has another one for its piece, which FSDP refuses to save.
+        """
+        saved = super().state_dict()
+        for key, p in enumerate(p for group in self.param_groups for p in group["params"]):
+            if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
+                values = saved["state"][key]
+                fresh = {name: torch.zeros_like(v) for name, v in values.items() if name.startswith("cosine")}
+                saved["state"][key] = {**values, **fresh}
+        return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by :meth:`state_dict`; bit-exact, whatever the dtype of the parameters.
@@ -219,7 +286,9 @@ class LearnedOptimizer(Optimizer):
             ValueError: a checkpoint of another optimizer or of another policy, or state that does not fit the
                 parameters; nothing has been changed then.
         """
-        handle = self.register_load_state_dict_pre_hook(_checked)  # last, so after the user's own hooks
+        handle = self.register_load_state_dict_pre_hook(  # last, so after the user's own hooks
+            lambda _, state: checked(state, self.param_groups, self.defaults["policy"], self._plane_keys())
+        )
         try:
             super().load_state_dict(state_dict)
         finally:
@@ -237,58 +306,9 @@ class LearnedOptimizer(Optimizer):
         return value.detach().to(device=p.device, dtype=dtype, copy=True)
 
 
-class _AsSaved:
-    """Hides a value from ``Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-
-def _checked(optimizer: Optimizer, state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """Check that a saved state fits the optimizer, and wrap its values so that they arrive as they were saved."""
-    if not isinstance(optimizer, LearnedOptimizer):
-        raise TypeError(f"expected a LearnedOptimizer, found {type(optimizer).__name__}")
-    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
-        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
-        raise ValueError(f"not an optimizer state: expected the keys 'state' and 'param_groups', found {found}")
-    groups, saved_groups = optimizer.param_groups, state_dict["param_groups"]
-    for group in saved_groups:
-        saved = group.get("policy")
-        if not isinstance(saved, str):
-            keys = sorted(k for k in group if k not in ("params", "param_names"))
-            raise ValueError(
-                f"this state was not saved by LearnedOptimizer: its parameter groups name no policy (keys {keys}). "
-                "State of AdamW or another optimizer cannot be continued; start with a fresh optimizer"
-            )
-        if saved.split()[0] != str(optimizer.defaults["policy"]).split()[0]:
-            raise ValueError(
-                f"this state was made by policy {saved}, the optimizer runs policy {optimizer.defaults['policy']}: "
-                "construct LearnedOptimizer with the policy of the checkpoint, or start with a fresh optimizer"
-            )
-    saved_ids = [i for group in saved_groups for i in group["params"]]
-    params = [p for group in groups for p in group["params"]]
-    sizes = ([len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups])
-    if sizes[0] != sizes[1]:
-        raise ValueError(f"the state's parameter groups hold {sizes[0]} parameters, the optimizer's hold {sizes[1]}")
-    needed = ["step", *optimizer._plane_keys(), "cosine_fast", "cosine_slow"]
-    state = dict(state_dict["state"])
-    for key, p in zip(saved_ids, params, strict=True):
-        values = state.get(key)
-        if not values:
-            continue
-        missing = [name for name in needed if name not in values]
-        if missing:
-            raise ValueError(f"the state of parameter {key!r} lacks {missing}")
-        for name in optimizer._plane_keys():
-            plane = values[name]
-            if not isinstance(plane, Tensor) or plane.shape != p.shape or plane.is_complex() != p.is_complex():
-                found = f"{plane.dtype} of shape {tuple(plane.shape)}" if isinstance(plane, Tensor) else type(plane)
-                raise ValueError(
-                    f"the state of parameter {key!r} holds as {name} {found}, "
-                    f"the parameter is {p.dtype} of shape {tuple(p.shape)}"
-                )
-        state[key] = {name: _AsSaved(value) for name, value in values.items()}
-    return {**state_dict, "state": state}
+def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(*map(number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
 
 
 def _resolve(policy: str | Path | Policy, revision: str | None) -> Policy:
@@ -299,35 +319,3 @@ def _resolve(policy: str | Path | Policy, revision: str | None) -> Policy:
     if not isinstance(policy, str | Path):
         raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
     return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)
-
-
-def _check_group(group: Mapping[str, Any]) -> None:
-    """Raise the error that torch.optim would, for the first hyperparameter out of range."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError("Tensor lr must be 1-element")
-    _check_number("learning rate", lr)
-    betas = group["betas"]
-    if not isinstance(betas, Iterable) or isinstance(betas, str) or len(tuple(betas)) != 2:
-        raise ValueError(f"Invalid betas: {betas!r}; expected two numbers or None")
-    if len({isinstance(beta, Tensor) for beta in betas}) > 1:
-        raise ValueError("betas must be either both floats or both Tensors")
-    for i, beta in enumerate(betas):
-        _check_number(f"beta parameter at index {i}", beta, below=1.0)
-    _check_number("epsilon value", group["eps"])
-    _check_number("weight_decay value", group["weight_decay"])
-    if group["maximize"] not in (True, False):
-        raise TypeError(f"Invalid maximize: {group['maximize']!r}; expected True or False")
-
-
-def _check_number(what: str, value: Any, below: float = math.inf) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real | Tensor):
-        raise TypeError(f"Invalid {what}: {value!r} ({type(value).__name__}); expected a number")
-    if isinstance(value, Tensor) and value.numel() != 1:
-        raise ValueError(f"Invalid {what}: a Tensor of shape {tuple(value.shape)}; expected 1 element")
-    if not 0.0 <= _number(value) < below:
-        raise ValueError(f"Invalid {what}: {value}")
-
-
-def _number(value: Any) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)

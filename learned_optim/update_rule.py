@@ -20,7 +20,7 @@ the initial zero.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -86,11 +86,8 @@ def coefficients(
     odds = config.agreement * log_factor[3].exp()
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)
 
-    def inverse(rms: Tensor) -> Tensor:
-        return 1.0 / rms.clamp(min=1e-20)
-
-    rows = [mixture[0], mixture[1], disagreeing, *(inverse(x) for x in (stats.rms_b, stats.rms_h, stats.rms_u))]
-    rows += [inverse(stats.rms_p), *mixture[2:]]
+    inverse = 1.0 / torch.stack((stats.rms_b, stats.rms_h, stats.rms_u, stats.rms_p)).clamp(min=1e-20)
+    rows = [*mixture[:2], disagreeing, *inverse, *mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
@@ -105,7 +102,11 @@ def _per_column(weight: Tensor, context: Tensor) -> Tensor:
 
 def spread_coefficients(config: PolicyConfig, layout: Layout, values: Tensor, dtype: torch.dtype) -> Coefficients:
     """[C, K] as computed per tensor -> values to be broadcast over the coordinates."""
-    rows = layout.spread(values.to(dtype))
+    return named_coefficients(config, layout.spread(values.to(dtype)))
+
+
+def named_coefficients(config: PolicyConfig, rows: Sequence[Spread]) -> Coefficients:
+    """The C rows that :func:`coefficients` returns, by name."""
     mixed = 7 + len(config.hidden_weights)
     return Coefficients(*rows[:7], hidden=rows[7:mixed], rates=rows[mixed:])  # pyright: ignore[reportCallIssue]
 

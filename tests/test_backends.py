@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import assert_same_bits, give_gradients, leaves, make, run
 
-from learned_optim import backends, rounding, update_rule
+from learned_optim import backends, rounding, update_rule, waves
 from learned_optim.bench import step as bench
 from learned_optim.bench.config import StepBenchConfig
 from learned_optim.cells import CoordinateState
@@ -30,7 +30,7 @@ def test_many_copied_tensors_are_run_in_several_waves_with_the_same_bits(monkeyp
     shapes = [(n, 100) for n in range(20, 50)] + [(400, 200)]
     plain, params = leaves(*shapes), leaves(*shapes)
     run(make(plain), plain, 2)
-    monkeypatch.setattr(backends, "COPIED", 10_000)
+    monkeypatch.setattr(waves, "COPIED", 10_000)
     run(make(params), params, 2)
     assert_same_bits(params, plain)
 

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-TESTED = {"demo.py", "replace_adam.py"}
+TESTED = {"demo.py", "replace_adam.py", "char_lm.py", "fsdp2.py"}
 
 
-def run(script: str, *arguments: object, cwd: Path) -> str:
-    command = [sys.executable, "-W", "error", str(ROOT / script), *map(str, arguments)]
+def run(script: str, *arguments: object, cwd: Path, program: tuple[str, ...] = ("-W", "error")) -> str:
+    command = [sys.executable, *program, str(ROOT / script), *map(str, arguments)]
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         command, cwd=cwd, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False
@@ -51,3 +52,21 @@ def test_the_demo_finds_the_best_of_several_settings_of_adamw(tmp_path: Path) ->
 def test_a_stopped_run_resumes_to_the_same_loss(tmp_path: Path) -> None:
     whole, resumed = run("examples/replace_adam.py", cwd=tmp_path).splitlines()
     assert whole.split()[-1] == resumed.split()[-1]
+
+
+def test_the_character_model_is_compared_with_adamw(tmp_path: Path) -> None:
+    printed = run("examples/char_lm.py", "--steps", 60, cwd=tmp_path).splitlines()
+    assert_learned_is_ahead(printed)
+
+
+def test_sharded_training_under_torchrun_is_compared_with_adamw(tmp_path: Path) -> None:
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    printed = run("examples/fsdp2.py", "--steps", 60, cwd=tmp_path, program=torchrun)
+    assert_learned_is_ahead([line for line in printed.splitlines() if "loss" in line])
+
+
+def assert_learned_is_ahead(printed: list[str]) -> None:
+    """Of AdamW at the same learning rate and number of steps, on these small tasks."""
+    losses = {line.split(":")[0]: float(re.findall(r"loss ([\d.]+)", line)[0]) for line in printed}
+    assert list(losses) == ["AdamW", "LearnedOptimizer"]
+    assert losses["LearnedOptimizer"] < losses["AdamW"]

@@ -12,12 +12,13 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"(?:^<!-- needs (?P<needs>\w+) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def blocks(language: str) -> list[tuple[int, str]]:
-    """Line number of the first line, and text, of every block in that language."""
-    return [(README.count("\n", 0, m.start(2)) + 1, m[2]) for m in BLOCK.finditer(README) if m[1] == language]
+def blocks(language: str, needs: str | None = None) -> list[tuple[int, str]]:
+    """Line number of the first line, and text, of the blocks in that language; of scripts, those that need a client."""
+    found = [m for m in BLOCK.finditer(README) if m[2] == language and m["needs"] == needs]
+    return [(README.count("\n", 0, m.start(3)) + 1, m[3]) for m in found]
 
 
 def test_every_python_block_runs_one_after_the_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,8 +30,16 @@ def test_every_python_block_runs_one_after_the_other(tmp_path: Path, monkeypatch
         exec(compile("\n" * (line - 1) + code, str(ROOT / "README.md"), "exec"), names)
 
 
+def test_the_block_for_several_processes_runs_under_torchrun(tmp_path: Path) -> None:
+    ((_, code),) = blocks("python", needs="torchrun")
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
+    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
 def test_every_command_exists() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
     commands = [shlex.split(line, comments=True) for _, text in blocks("sh") for line in text.splitlines()]
     assert commands
     for command in filter(None, commands):

@@ -90,7 +90,7 @@ def test_restored_state_that_went_through_the_parameters_dtype_is_caught(monkeyp
 
 def test_an_ignored_maximize_is_caught(monkeypatch):
     original = LearnedOptimizer._job
-    monkeypatch.setattr(LearnedOptimizer, "_job", lambda self, p, maximize: original(self, p, False))
+    monkeypatch.setattr(LearnedOptimizer, "_job", lambda self, *rest: original(self, *rest[:-1], False))
     with pytest.raises(AssertionError, match="not close"):
         assert_is_adamw(3, torch.float64, lr=1e-2, maximize=True)
 

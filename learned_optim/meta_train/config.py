@@ -79,7 +79,7 @@ class MetaTrainConfig:
     checkpoint_segment: int = 0
     meta_loss: MetaLoss = "log_ratio"
     held_out: bool = False
-    max_length: int = 100
+    max_length: int = 40
     curriculum: int = 0
     inner_lr: float = 1e-3
     inner_lr_spread: float = 1.0
@@ -93,7 +93,7 @@ class MetaTrainConfig:
     validate_every: int = 20
     validation_tasks: tuple[str, ...] = ("validation",)
     validation_seeds: int = 1
-    validation_length: int = 60
+    validation_length: int = 40
     patience: int = 0
     save_every: int = 10
     keep_going: bool = False

@@ -49,7 +49,8 @@ class Task(Protocol):
     ``check_task(Line())`` finds the usual mistakes. ``ModuleTask`` makes a task of an ``nn.Module``.
 
     A task may also have ``eval_loss(params, buffers) -> Tensor``, the loss on held-out data as a scalar (BatchNorm
-    in evaluation mode, buffers left alone). Ask with ``getattr(task, "eval_loss", None)``.
+    in evaluation mode, buffers left alone). Ask with ``getattr(task, "eval_loss", None)``. And it may have
+    ``warm_start``, the state that its runs begin with: see :class:`~learned_optim.tasks.warm.WarmStart`.
 
     Attributes:
         name: what tables and error messages call it.

@@ -46,6 +46,9 @@ def train(
     params, buffers = task.init(torch.Generator().manual_seed(seed))
     leaves = {name: p.requires_grad_() for name, p in params.items()}
     optimizer = make_optimizer(list(leaves.values()))
+    warm = getattr(task, "warm_start", None)
+    if warm is not None:
+        warm.apply(optimizer, leaves)
     rates = [group["lr"] for group in optimizer.param_groups]
     batches = task.batches(torch.Generator().manual_seed(seed + 1))
     losses: list[float] = []

@@ -33,7 +33,9 @@ def meta_gradient(policy, width, compiled, lr=HYPER.lr):
     return state, losses.detach(), grads
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings(
+    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
+)  # torch's own, while it compiles
 @pytest.mark.skipif(find_compiler("cpu") is None, reason="no C++ compiler")
 def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once():
     policy = Policy()

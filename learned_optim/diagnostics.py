@@ -1,0 +1,99 @@
+"""What the rule does to each tensor, from what the tensor head saw and said in the last step: no pass over memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim import update_rule
+from learned_optim.policy import PolicyConfig
+from learned_optim.waves import Record
+
+
+def of_records(
+    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], records: Iterable[Record]
+) -> dict[str, dict[str, float]]:
+    """See :meth:`learned_optim.LearnedOptimizer.diagnostics`."""
+    found: dict[tuple[int, int], dict[str, float]] = {}
+    for record in records:
+        figures = _figures(config, record)
+        table = torch.stack(list(figures.values())).T.tolist()  # one transfer from the device
+        found |= {place: dict(zip(figures, row, strict=True)) for place, row in zip(record.places, table, strict=True)}
+    return {_name(groups, place): found[place] for place in sorted(found)}
+
+
+def _name(groups: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> str:
+    group, index = place
+    names = groups[group].get("param_names")
+    return names[index] if names else f"{group}.{index}"
+
+
+def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
+    """[K] each."""
+    count = len(record.places)
+    numel, cosine = record.numel[:count], record.cosine[:, :count]
+    step, lr, beta1 = numel.new_tensor([(t, h.lr, h.beta1) for t, h in zip(record.steps, record.hypers, strict=True)]).T
+    u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
+    coeff: Any = update_rule.named_coefficients(config, record.coefficients.unbind())
+    weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])
+    gates = [torch.maximum(rate, 1.0 / step).clamp(max=1.0) for rate in coeff.rates]
+    of_momentum = (1.0 - beta1) / (1.0 - beta1**step)
+    all_gates = torch.stack([of_momentum, torch.ones_like(step), *gates])
+    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.disagreeing)
+    size = weights.sum(0)
+    names = ["momentum", "gradient", *(f"hidden_{j}" for j in range(len(coeff.hidden)))]
+    return {
+        "step": step,
+        "lr": lr,
+        "step_size": size,
+        **{f"share_{name}": w / size for name, w in zip(names, weights, strict=True)},
+        "disagreeing": coeff.disagreeing,
+        "update_rms": update,
+        "update_to_adamw": update / b_b.sqrt().clamp(min=1e-30),
+        "rms_gradient": u_u.sqrt(),
+        "rms_momentum": b_b.sqrt(),
+        "rms_parameter": p_p.sqrt(),
+        "sparsity": 1.0 - abs_b.square() / b_b.clamp(min=1e-60),
+        "cosine": u_r / (u_u * r_r).sqrt().clamp(min=1e-30),
+        "cosine_fast": cosine[0],
+        "cosine_slow": cosine[1],
+        "rms_hidden_0": h_h.sqrt(),
+        **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
+    }
+
+
+def _update_rms(weights: Tensor, gates: Tensor, u_u: Tensor, b_b: Tensor, h_h: Tensor, keep: Tensor) -> Tensor:
+    """The rms of d, [K], from what is known of the averages that it is mixed of.
+
+    The gradient is taken for a constant signal in white noise. Two averages with gates y and z then have the product
+    signal + noise y z / (y + z - y z); how much is signal is seen from the momentum, whose size is known. That of h_1
+    is known too. Each coordinate's amplitude is left out. Coordinates of d and u are taken for normal where those that
+    disagree are made smaller.
+
+    Args:
+        weights: [M, K], of momentum, gradient and hidden units.
+        gates: [M', K], theirs; hidden units without a weight may follow.
+        u_u: mean square of u, [K]; likewise those of b, and of h_1 before the step.
+        keep: factor of the coordinates that disagree with the gradient, [K].
+    """
+    gates = gates[: len(weights)]
+    y, z = gates.unsqueeze(0), gates.unsqueeze(1)
+    overlap = y * z / (y + z - y * z)
+    signal = (b_b - u_u * overlap[0, 0]) / (1.0 - overlap[0, 0]).clamp(min=1e-6)
+    signal = torch.minimum(signal.clamp(min=0.0), u_u)
+    products = signal + (u_u - signal) * overlap
+    scale = torch.ones_like(weights)
+    scale[0] = (b_b / products[0, 0].clamp(min=1e-60)).sqrt()
+    if len(weights) > 2:
+        gate = gates[2]
+        after = (1.0 - gate) ** 2 * h_h + gate**2 * u_u + 2.0 * gate * (1.0 - gate) * torch.minimum(signal, h_h)
+        scale[2] = (after / products[2, 2].clamp(min=1e-60)).sqrt()
+    mixed = weights * scale
+    square = (mixed.unsqueeze(0) * mixed.unsqueeze(1) * products).sum((0, 1)).clamp(min=0.0)
+    with_u = (mixed * products[1]).sum(0)
+    angle = (with_u / (square * u_u).sqrt().clamp(min=1e-30)).clamp(-1.0, 1.0).acos()
+    disagreeing = (angle - angle.sin() * angle.cos()) / torch.pi  # the share of d's square that lies there
+    return (square * (1.0 - (1.0 - keep**2) * disagreeing)).sqrt()

@@ -1,0 +1,104 @@
+"""Pictures of a training run, to be understood without a text beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+#: More lines than these are not told apart: the others are drawn in grey.
+NAMED = 6
+# Told apart by those who do not see all colours too (Okabe and Ito 2008).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+History = Sequence[Mapping[str, Mapping[str, float]]]
+
+
+def diagnostics(history: History, path: str | Path) -> Path:
+    """Draw what :meth:`LearnedOptimizer.diagnostics` returned along a run into a PNG.
+
+    Args:
+        history: what it returned, at any steps. The parameters of the last entry are drawn; of more than six, those
+            with the largest update by name and the others in grey.
+        path: file to write.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: there is nothing to draw.
+        ImportError: matplotlib is not installed.
+    """
+    if not history or not history[-1]:
+        raise ValueError(
+            "nothing to draw: collect opt.diagnostics() after steps, and pass the list of what it returned"
+        )
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('drawing needs matplotlib: pip install "learned-optim[plots]"') from error
+    last = history[-1]
+    names = sorted(last, key=lambda name: -_comparable(last[name]["update_rms"] * last[name]["lr"]))
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    panels = figure.subplots(2, 3).ravel()
+
+    def draw(axes: Any, value: Callable[[Mapping[str, float]], float]) -> None:
+        for i in reversed(range(len(names))):
+            points = [(d[names[i]]["step"], value(d[names[i]])) for d in history if names[i] in d]
+            named = i < NAMED
+            style = {"color": _COLOURS[i], "linewidth": 1.8} if named else {"color": "0.8", "linewidth": 0.8}
+            axes.plot(*zip(*points, strict=True), **style, marker="o" if len(points) < 3 else None,
+                      label=names[i] if named else None)  # fmt: skip
+
+    draw(panels[0], lambda d: d["step_size"])
+    panels[0].set(title="Step size that the rule chose", ylabel="sum of weights, in units of lr")
+    _reference(panels[0], 1.0, "AdamW")
+    draw(panels[1], lambda d: d["update_to_adamw"])
+    panels[1].set(title="Update, compared with AdamW's at the same lr", ylabel="rms over AdamW's rms (estimate)")
+    _reference(panels[1], 1.0, "as large as AdamW's")
+    draw(panels[2], lambda d: d["rms_momentum"] / max(d["rms_gradient"], 1e-30))
+    panels[2].set(title="How much of the gradient is signal", ylabel="rms of momentum over rms of gradient")
+    _reference(panels[2], 1.0, "no noise")
+    draw(panels[3], lambda d: d["cosine_slow"])
+    panels[3].set(title="Gradient against previous momentum", ylabel="cosine (above 0: steps are small)")
+    _reference(panels[3], 0.0, "")
+    draw(panels[4], lambda d: d["rms_hidden_0"])
+    panels[4].set(title="Long average of the gradient (hidden unit 0)", ylabel="rms")
+    _reference(panels[4], 1.0, "the sign never changes")
+    _mixture(panels[5], history)
+    for axes in (*panels[:3], panels[4]):
+        if any(y > 0.0 for line in axes.lines for y in line.get_ydata()):  # else matplotlib warns
+            axes.set_yscale("log", nonpositive="mask")
+    for axes in panels:
+        axes.set_xlabel("step")
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = (list(reversed(some)) for some in panels[0].get_legend_handles_labels())
+    if len(names) > NAMED:
+        handles.append(panels[0].plot([], [], color="0.8")[0])
+        labels.append(f"{len(names) - NAMED} others")
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, dpi=110)
+    return Path(path)
+
+
+def _reference(axes: Any, value: float, text: str) -> None:
+    axes.axhline(value, color="0.4", linewidth=1, linestyle="--", zorder=0)
+    axes.annotate(text, (1.0, value), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8)
+
+
+def _mixture(axes: Any, history: History) -> None:
+    """Shares of the directions, averaged over the parameters."""
+    keys = [key for key in next(iter(history[-1].values())) if key.startswith("share_")]
+    found = [d for d in history if d]
+    steps = [max(figures["step"] for figures in d.values()) for d in found]
+    shares = [[sum(figures[key] for figures in d.values()) / len(d) for d in found] for key in keys]
+    colours = ("#0072B2", "#D55E00", "#006D4F", "#2FA57F", "#83CDB4", "#C4E8DA")
+    labels = [key.removeprefix("share_").replace("_", " ") for key in keys]
+    axes.stackplot(steps, shares, labels=labels, colors=colours[: len(keys)])
+    axes.set(title="What the update is mixed of (mean of all)", ylabel="share of the weights", ylim=(0.0, 1.0))
+    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
+
+
+def _comparable(value: float) -> float:
+    return value if math.isfinite(value) else math.inf

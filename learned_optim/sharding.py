@@ -1,0 +1,86 @@
+"""Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
+
+The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor, which
+one all-reduce adds up for all tensors of a step. Replicated tensors need none: every process has all of them.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+class Shards(NamedTuple):
+    """The parameters that are spread in the same way."""
+
+    mesh: DeviceMesh
+    dims: tuple[int, ...]  #: of the mesh, over which the parameters are cut
+    columns: dict[tuple[int, int], int]  #: group and number in it -> number among these parameters
+    device: torch.device
+
+    def add_up(self, sums: Tensor) -> None:
+        """Add what the other processes have, in place; all processes of the mesh must call it."""
+        for dim in self.dims:
+            torch.distributed.all_reduce(sums, group=self.mesh.get_group(dim))
+
+
+def find_shards(groups: Iterable[dict[str, Any]]) -> list[Shards]:
+    """All parameters of which this process holds a part, with or without a gradient.
+
+    Every process then adds up the same number of sums, also where some of them have no gradient or an empty shard.
+    """
+    found: dict[tuple, Shards] = {}
+    params = [((g, i), p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
+    for place, p in params:
+        if not is_dtensor(p):
+            continue
+        if any(placement.is_partial() for placement in p.placements):
+            raise RuntimeError(f"a parameter cannot be updated that is placed as {p.placements}: redistribute it first")
+        mesh = p.device_mesh
+        dims = tuple(i for i, s in enumerate(p.placements) if not s.is_replicate() and mesh.size(i) > 1)
+        if dims:
+            shards = found.setdefault((mesh, dims), Shards(mesh, dims, {}, local(p).device))
+            shards.columns[place] = len(shards.columns)
+    return list(found.values())
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether it is spread over processes, or replicated by them."""
+    if type(tensor) in (torch.nn.Parameter, Tensor):
+        return False
+    module = sys.modules.get("torch.distributed.tensor")  # a second to import: where nobody has, there are none
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a DTensor that is here; any other tensor as it is."""
+    # Not to_local(), which wraps a parameter's shard anew at every call: views of it are kept from step to step.
+    if not is_dtensor(tensor):
+        return tensor
+    shard: Any = tensor._local_tensor  # pyright: ignore[reportAttributeAccessIssue]
+    wait = getattr(shard, "wait", None)  # of what is still being communicated
+    return shard if wait is None else wait()
+
+
+def gradient_as(p: Tensor, grad: Tensor) -> Tensor:
+    """The gradient, cut like its parameter.
+
+    Raises:
+        RuntimeError: one of the two is a DTensor and the other is not.
+    """
+    if not is_dtensor(p) and not is_dtensor(grad):
+        return grad
+    placed, wanted = getattr(grad, "placements", None), getattr(p, "placements", None)
+    if placed == wanted:
+        return grad
+    if placed is None or wanted is None:
+        kinds = type(p).__name__, type(grad).__name__
+        raise RuntimeError(f"a parameter of type {kinds[0]} has a gradient of type {kinds[1]}: both must be DTensors")
+    return grad.redistribute(placements=wanted)  # pyright: ignore[reportAttributeAccessIssue]

@@ -1,0 +1,24 @@
+"""The README's blocks for clients, each a whole script."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+from test_readme import ROOT, blocks
+
+
+@pytest.mark.parametrize("client", ["transformers", "accelerate", "lightning"])
+def test_the_readmes_block_runs(client, tmp_path):
+    pytest.importorskip(client)
+    ((_, code),) = blocks("python", needs=client)
+    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    done = subprocess.run(
+        [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True,
+        text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert not [line for line in done.stderr.splitlines() if "learned_optim" in line]

@@ -1,0 +1,90 @@
+"""Runs that begin with second moments known beforehand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_tasks import Quadratic
+
+from learned_optim import LearnedOptimizer, Policy, PolicyConfig
+from learned_optim.cells import Hyperparameters
+from learned_optim.meta_train.problem import FromInit, Problem
+from learned_optim.meta_train.unroll import unroll
+from learned_optim.tasks.rollout import train
+from learned_optim.tasks.warm import WarmStart, begin_warm
+
+HYPER = Hyperparameters(0.01, 0.9, 0.99, 1e-8, 0.0)
+
+
+class Warm(Quadratic):
+    """A quadratic whose gradients were measured before."""
+
+    def __init__(self) -> None:
+        super().__init__(torch.float64)
+        self.warm_start = WarmStart({"w": torch.tensor([1.0, 4.0, 0.25, 9.0], dtype=torch.float64)}, 50)
+
+
+def policy() -> Policy:
+    config = PolicyConfig(betas=(HYPER.beta1, HYPER.beta2), eps=HYPER.eps)  # pyright: ignore[reportArgumentType]
+    return Policy(config)
+
+
+def optimizer(params: list[torch.Tensor]) -> LearnedOptimizer:
+    return LearnedOptimizer(params, lr=0.01, weight_decay=0.0, policy=policy(), backend="eager")
+
+
+def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer() -> None:
+    task, rule, steps = Warm(), policy(), 6
+    losses = train(task, 5, optimizer, steps + 1).losses
+    problem = Problem(task, 5)
+    batches = [batch for batch, _ in zip(problem.batches(), range(steps + 1), strict=False)]
+    state, along = unroll(rule.weights(), rule.config, problem, problem.start(rule.config), batches, HYPER)
+    torch.testing.assert_close(along.detach(), torch.tensor(losses[1:], dtype=torch.float64))
+    assert state.step == steps, "steps made before the run are not steps of the run"
+    cold = train(Quadratic(torch.float64), 5, optimizer, steps + 1).losses
+    assert abs(cold[-1] - losses[-1]) > 1e-6
+
+
+@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, LearnedOptimizer])
+def test_a_warm_first_step_is_divided_by_the_given_moments(cls: type[torch.optim.Optimizer]) -> None:
+    gradients = torch.tensor([1e-3, 1e-3])
+    moments = torch.tensor([1.0, 100.0])
+    steps = []
+    for value in gradients:
+        p = torch.zeros(2, requires_grad=True)
+        made = cls([p], lr=0.1)  # pyright: ignore[reportCallIssue]
+        begin_warm(made, [p], [moments], 10**6)
+        assert not p.detach().any(), "beginning warm changes no parameter"
+        p.grad = torch.full_like(p, float(value))
+        made.step()
+        steps.append(p.detach())
+    assert steps[0][0] / steps[0][1] == pytest.approx(10.0, rel=1e-3)
+    assert made.param_groups[0]["lr"] == 0.1  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_an_optimizer_without_second_moments_is_left_alone() -> None:
+    p = torch.ones(2, requires_grad=True)
+    made = torch.optim.SGD([p], lr=0.1)
+    begin_warm(made, [p], [torch.ones(2)], 10)
+    assert p.tolist() == [1.0, 1.0]
+    assert p.grad is None
+
+
+@pytest.mark.parametrize(
+    ("moments", "steps", "said"),
+    [
+        (torch.ones(3), 1, "shape"),
+        (torch.tensor([1.0, -1.0]), 1, "negative"),
+        (torch.tensor([1.0, float("nan")]), 1, "not finite"),
+        (torch.ones(2), 0, "steps must be 1 or more"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(moments: torch.Tensor, steps: int, said: str) -> None:
+    p = torch.ones(2, requires_grad=True)
+    with pytest.raises(ValueError, match=said):
+        begin_warm(torch.optim.Adam([p]), [p], [moments], steps)
+
+
+def test_learned_initial_parameters_keep_a_task_warm() -> None:
+    task = Warm()
+    assert FromInit(task, {"w": torch.ones(4, dtype=torch.float64)}).warm_start is task.warm_start
