@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.meta_train.estimators import Estimate
+from learned_optim.meta_train.estimators import Estimate, Weights
 
 
 class Combiner:
     """Averages estimates; drops non-finite ones, evens out families, and clips what explodes.
+
+    Means of several kinds of estimates are mixed by inverse variance, once there are two of each.
 
     Args:
         clip: bound of an estimate's rms, as a multiple of the median over the last ``window`` estimates.
@@ -31,7 +33,7 @@ class Combiner:
 
     def __call__(self, estimates: Sequence[Estimate], learned: Sequence[str]) -> dict[str, Tensor]:
         """The meta-gradient by name. A weight that no estimate speaks of gets zeros."""
-        kept: list[dict[str, Tensor]] = []
+        kept: dict[str, list[Weights]] = {}
         for estimate in estimates:
             rms = _rms(estimate.gradient)
             if not bool(torch.isfinite(rms)):
@@ -50,12 +52,16 @@ class Combiner:
                 scale, size = scale * bound / size, bound
                 self.clipped += 1
             self.recent = [*self.recent[1 - self.window :], size]
-            kept.append({name: g * scale for name, g in estimate.gradient.items()})
-        total: dict[str, Tensor] = {}
+            kept.setdefault(estimate.kind, []).append({name: g * scale for name, g in estimate.gradient.items()})
+        groups = list(kept.values())
+        if len(groups) > 1 and all(len(group) > 1 for group in groups):
+            return combine_by_inverse_variance(groups)
+        everything = [gradient for group in groups for gradient in group]
+        total: Weights = {}
         for name in learned:
-            parts = [g[name] for g in kept if name in g]
+            parts = [g[name] for g in everything if name in g]
             if parts:
-                total[name] = torch.stack(parts).sum(0) / len(kept)
+                total[name] = torch.stack(parts).sum(0) / len(everything)
         return total
 
     def state(self) -> dict[str, Any]:
@@ -70,3 +76,24 @@ class Combiner:
 def _rms(gradient: dict[str, Tensor]) -> Tensor:
     flat = torch.cat([g.reshape(-1) for g in gradient.values()])
     return flat.double().square().mean().sqrt()
+
+
+def combine_by_inverse_variance(groups: Sequence[Sequence[Weights]]) -> Weights:
+    """Mix several estimators' gradients, coordinate by coordinate, by the inverse variance of their means.
+
+    Args:
+        groups: for each estimator, its gradients over the meta-batch (at least two, to have a variance).
+
+    Returns:
+        The mixture, by meta-parameter (Metz et al. 2019, "Understanding and correcting pathologies ...").
+    """
+    if any(len(group) < 2 for group in groups):
+        raise ValueError("mixing by inverse variance needs at least two estimates of each estimator")
+    mixed: Weights = {}
+    for name in groups[0][0]:
+        stacks = [torch.stack([gradient[name] for gradient in group]) for group in groups]
+        precisions = [len(s) / s.var(0).clamp(min=1e-20) for s in stacks]
+        total = torch.stack(precisions).sum(0)
+        means = torch.stack([s.mean(0) * p for s, p in zip(stacks, precisions, strict=True)])
+        mixed[name] = means.sum(0) / total
+    return mixed

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Estimator = Literal["backprop", "es", "pes"]
+Estimator = Literal["backprop", "es", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
 Part = Literal["tensor_head", "gates", "amplitude", "gru"]
 
@@ -30,7 +30,8 @@ class MetaTrainConfig:
         parts: parts of the policy that are learned; empty means all that it has.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
-            evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021).
+            evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
+            meta-batch each of ``backprop`` and ``pes``, mixed by inverse variance (Metz et al. 2019).
         meta_batch: trajectories per outer step (``es``: antithetic pairs; ``pes``: antithetic pairs of particles).
         unroll_length: inner steps per truncation (``backprop``, ``pes``).
         second_order: differentiate through the inner gradients too; exact, and slower (``backprop``).
@@ -128,6 +129,7 @@ class MetaTrainConfig:
         require(self.inner_lr_spread >= 1.0, "inner_lr_spread", "1 or more")
         require(0.0 <= self.augment <= 1.0, "augment", "in [0, 1]")
         require(len(self.tasks) > 0, "tasks", "at least one name")
+        require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
 

@@ -12,6 +12,8 @@ ES                   none for the smoothed meta-loss          grows with the num
                      trajectories                             trajectory per estimate
 PES                  none for the smoothed meta-loss, over    grows with the number of windows per trajectory; an
                      truncated trajectories                   estimate per window (Vicol et al. 2021)
+Mixed                between those of BackpropTruncated and   below either's: means of both, weighted by inverse
+                     PES                                      variance (Metz et al. 2019)
 ===================  =======================================  ====================================================
 """
 
@@ -44,6 +46,7 @@ class Estimate(NamedTuple):
     gradient: Weights  #: by meta-parameter, of those that are learned
     meta_loss: float
     inner_steps: int
+    kind: str = ""  #: of estimator, where several are mixed
 
 
 class GradientEstimator(Protocol):
@@ -233,25 +236,25 @@ def run_plan(policy: Policy, plan: Plan, steps: int, backend: str, held_out: boo
     )  # fmt: skip
 
 
-def combine_by_inverse_variance(groups: Sequence[Sequence[Weights]]) -> Weights:
-    """Mix several estimators' gradients, coordinate by coordinate, by the inverse variance of their means.
+class Mixed:
+    """Back-propagation in the even slots of the meta-batch, PES in the odd ones, of the same windows' meta-loss.
 
-    Args:
-        groups: for each estimator, its gradients over the meta-batch (at least two, to have a variance).
-
-    Returns:
-        The mixture, by meta-parameter (Metz et al. 2019, "Understanding and correcting pathologies ...").
+    Where the inner training is smooth, back-propagation is the quieter estimate, where it is chaotic PES is; the outer
+    loop mixes their means coordinate by coordinate, by inverse variance (Metz et al. 2019, "Understanding and
+    correcting pathologies in the training of learned optimizers").
     """
-    if any(len(group) < 2 for group in groups):
-        raise ValueError("mixing by inverse variance needs at least two estimates of each estimator")
-    mixed: Weights = {}
-    for name in groups[0][0]:
-        stacks = [torch.stack([gradient[name] for gradient in group]) for group in groups]
-        precisions = [len(s) / s.var(0).clamp(min=1e-20) for s in stacks]
-        total = torch.stack(precisions).sum(0)
-        means = torch.stack([s.mean(0) * p for s, p in zip(stacks, precisions, strict=True)])
-        mixed[name] = means.sum(0) / total
-    return mixed
+
+    def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> None:
+        self.parts = BackpropTruncated(source, config, meta_loss), PES(source, config, meta_loss)
+        self.running: dict[int, Running] = {}
+        for part in self.parts:
+            part.running = self.running
+        self.backend = self.parts[0].backend
+
+    def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
+        part = self.parts[slot % 2]
+        part.backend = self.backend
+        return part.estimate(policy, learned, slot, outer_step)._replace(kind=type(part).__name__)
 
 
 def make_estimator(source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn) -> GradientEstimator:
@@ -260,4 +263,6 @@ def make_estimator(source: TaskSource, config: MetaTrainConfig, meta_loss: MetaL
         return BackpropTruncated(source, config, meta_loss)
     if config.estimator == "pes":
         return PES(source, config, meta_loss)
+    if config.estimator == "mixed":
+        return Mixed(source, config, meta_loss)
     return ES(source, config)

@@ -6,13 +6,13 @@ from small_tasks import Quadratic
 from support import random_policy
 
 from learned_optim.meta_train import MetaTrainConfig
-from learned_optim.meta_train.combine import Combiner
+from learned_optim.meta_train.combine import Combiner, combine_by_inverse_variance
 from learned_optim.meta_train.estimators import (
     ES,
     PES,
     BackpropTruncated,
     Estimate,
-    combine_by_inverse_variance,
+    Mixed,
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, mean_along
 from learned_optim.meta_train.trajectories import TaskSource
@@ -119,8 +119,27 @@ def test_inverse_variance_trusts_the_quieter_estimator():
         combine_by_inverse_variance([quiet[:1], loud])
 
 
-def estimate(value, slot=0, family="f"):
-    return Estimate(slot, family, {"w": torch.full((4,), float(value))}, 0.0, 1)
+def estimate(value, slot=0, family="f", kind=""):
+    return Estimate(slot, family, {"w": torch.full((4,), float(value))}, 0.0, 1, kind)
+
+
+def test_the_mixed_estimator_alternates_and_its_kinds_are_mixed_by_inverse_variance():
+    estimator, policy = make(Mixed, unroll_length=4)
+    estimates = [estimator.estimate(policy, LEARNED, slot, 0) for slot in range(4)]
+    assert [e.kind for e in estimates] == ["BackpropTruncated", "PES"] * 2
+    assert sorted(estimator.running) == [0, 1, 2, 3]
+    for i, cls in enumerate((BackpropTruncated, PES)):
+        alone, _ = make(cls, unroll_length=4)
+        gradient = alone.estimate(policy, LEARNED, i, 0).gradient["amplitude"]
+        assert torch.equal(gradient, estimates[i].gradient["amplitude"])
+    # 1 +- 0.1 and 3 +- 1, two estimates each: weights in the ratio of 100 to 1.
+    values = [(1.1, "a"), (0.9, "a"), (4.0, "b"), (2.0, "b")]
+    batch = [estimate(value, slot, kind=kind) for slot, (value, kind) in enumerate(values)]
+    found = Combiner(clip=100.0, by_family=False)(batch, ["w"])["w"]
+    torch.testing.assert_close(found, torch.full((4,), (100 * 1.0 + 1 * 3.0) / 101), rtol=1e-5, atol=0)
+    # A single estimate has no variance: then all count alike.
+    found = Combiner(clip=100.0, by_family=False)(batch[:3], ["w"])["w"]
+    torch.testing.assert_close(found, torch.full((4,), 2.0), rtol=1e-6, atol=0)
 
 
 def test_one_exploding_task_cannot_outvote_the_others():
