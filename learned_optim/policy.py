@@ -36,6 +36,7 @@ CONTEXT = (
 
 #: Meta-parameters by the part of the rule they belong to: gradient estimators learn one part or several.
 PARTS = {
+    "step_size": ("head",),  # its first row only
     "tensor_head": ("head",),
     "gates": ("gate_context", "gate_features"),
     "amplitude": ("amplitude",),

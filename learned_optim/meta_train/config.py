@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Estimator = Literal["backprop", "es", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
-Part = Literal["tensor_head", "gates", "amplitude", "gru"]
+Part = Literal["step_size", "tensor_head", "gates", "amplitude", "gru"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +27,9 @@ class MetaTrainConfig:
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
             random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
-        parts: parts of the policy that are learned; empty means all that it has.
+        parts: parts of the policy that are learned; empty means all that it has. ``step_size`` is the row of the
+            tensor head that sets the step size: few numbers, which matter most, are found by ``es`` in a fraction of
+            the time.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
@@ -132,6 +134,11 @@ class MetaTrainConfig:
         require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
+
+    @property
+    def head_rows(self) -> int | None:
+        """How many rows of the tensor head are learned; ``None`` for all."""
+        return 1 if "step_size" in self.parts and "tensor_head" not in self.parts else None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""

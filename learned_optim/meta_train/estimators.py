@@ -125,10 +125,20 @@ class BackpropTruncated(_Truncated):
         return Estimate(slot, plan.family, gradient, float(meta_loss.detach()), len(batches) - 1)
 
 
-def perturbation(policy: Policy, learned: Sequence[str], sigma: float, *seed: object) -> Weights:
-    """Gaussian noise of standard deviation ``sigma`` for the learned weights, from a seed."""
-    rng = torch.Generator().manual_seed(seed_of("noise", *seed))
-    return {n: torch.randn(w.shape, generator=rng) * sigma for n, w in policy.weights().items() if n in learned}
+def perturbation(policy: Policy, learned: Sequence[str], config: MetaTrainConfig, *counters: int) -> Weights:
+    """Gaussian noise of deviation ``config.sigma`` for the learned weights, from the run's seed and counters."""
+    rng = torch.Generator().manual_seed(seed_of("noise", config.seed, *counters))
+    noise = {n: torch.randn(w.shape, generator=rng) * config.sigma for n, w in policy.weights().items() if n in learned}
+    return only_learned_rows(noise, config)
+
+
+def only_learned_rows(weights: Weights, config: MetaTrainConfig) -> Weights:
+    """Zeros in the rows of the tensor head that are not learned."""
+    if "head" in weights and config.head_rows is not None:
+        head = weights["head"].clone()
+        head[config.head_rows :] = 0.0
+        weights = {**weights, "head": head}
+    return weights
 
 
 def shifted(weights: Mapping[str, Tensor], noise: Weights, sign: float) -> Weights:
@@ -142,7 +152,7 @@ class PES(_Truncated):
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
         running, batches = self._window(policy, slot, outer_step, 2)
         sigma, plan = self.config.sigma, running.plan
-        noise = perturbation(policy, learned, sigma, self.config.seed, slot, outer_step)
+        noise = perturbation(policy, learned, self.config, slot, outer_step)
         for name, value in noise.items():
             running.accumulated[name] = running.accumulated.get(name, torch.zeros_like(value)) + value
         values = []
@@ -180,7 +190,7 @@ class ES:
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
         plan = self.source.draw(slot, outer_step)
         sigma = self.config.sigma
-        noise = perturbation(policy, learned, sigma, self.config.seed, slot, outer_step)
+        noise = perturbation(policy, learned, self.config, slot, outer_step)
         curves = []
         for sign in (1.0, -1.0):
             moved = with_weights(policy, shifted(policy.weights(), noise, sign))

@@ -15,14 +15,20 @@ from learned_optim.meta_train import distributed
 from learned_optim.meta_train.checkpoint import RunFolder
 from learned_optim.meta_train.combine import Combiner
 from learned_optim.meta_train.config import MetaTrainConfig
-from learned_optim.meta_train.estimators import BackpropTruncated, Estimate, make_estimator, with_weights
+from learned_optim.meta_train.estimators import (
+    BackpropTruncated,
+    Estimate,
+    make_estimator,
+    only_learned_rows,
+    with_weights,
+)
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
+from learned_optim.meta_train.meta_optimizer import meta_optimizer
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.signals import collected_signals
 from learned_optim.meta_train.trajectories import Running, TaskSource
 from learned_optim.meta_train.validation import mean_difference, validate
-from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.policy import PARTS, Policy, PolicyConfig
 from learned_optim.tasks import TaskFamily, check_task, get_families
 from learned_optim.tasks.base import Task
@@ -127,7 +133,7 @@ class _Run:
             self.init = torch.nn.Parameter(self.init_problem.start(start.config).params)
         weights = self.policy.weights()
         params = [weights[n] if n != "init" else self.init for n in self.learned]
-        self.meta_optimizer = _meta_optimizer(config, [p for p in params if p is not None])
+        self.meta_optimizer = meta_optimizer(config, [p for p in params if p is not None])
         self.outer_step = 0
         self.inner_steps = 0
         self.seconds = 0.0
@@ -141,7 +147,7 @@ class _Run:
     def _learned_names(self) -> list[str]:
         present = self.policy.weights()
         parts = self.config.parts or tuple(PARTS)
-        names = [n for part in parts for n in PARTS[part] if n in present]
+        names = list(dict.fromkeys(n for part in parts for n in PARTS[part] if n in present))
         if self.config.learn == "init":
             return ["init"]
         if not names:
@@ -213,7 +219,7 @@ class _Run:
         estimates = sorted(distributed.gather(estimates), key=lambda e: e.slot)
         for name in distributed.gather(failed):
             self.failures[name] = self.failures.get(name, 0) + 1
-        gradient = self.combiner(estimates, self.learned)
+        gradient = only_learned_rows(self.combiner(estimates, self.learned), config)
         self._apply(gradient)
         self.inner_steps += sum(e.inner_steps for e in estimates)
         metrics: dict[str, Any] = {
@@ -333,16 +339,3 @@ class _Run:
         mine = set(distributed.mine(self.config.meta_batch))
         running = (Running.restored(r, self.source) for r in saved["running"] if r["slot"] in mine)
         self.estimator.running.update({r.slot: r for r in running})
-
-
-def _meta_optimizer(config: MetaTrainConfig, params: list[Tensor]) -> torch.optim.Optimizer:
-    if config.meta_optimizer == "LearnedOptimizer":
-        return LearnedOptimizer(params, lr=config.meta_lr, weight_decay=0.0)
-    known = {name: cls for name, cls in vars(torch.optim).items() if isinstance(cls, type)}
-    cls = known.get(config.meta_optimizer)
-    if cls is None or not issubclass(cls, torch.optim.Optimizer):
-        names = sorted(n for n, c in known.items() if issubclass(c, torch.optim.Optimizer) and n != "Optimizer")
-        raise ValueError(
-            f"unknown meta_optimizer {config.meta_optimizer!r}; known are LearnedOptimizer, {', '.join(names)}"
-        )
-    return cls(params, lr=config.meta_lr)  # pyright: ignore[reportCallIssue]

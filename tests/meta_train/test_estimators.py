@@ -1,11 +1,14 @@
 """All estimators point the same way on a problem whose gradient is known."""
 
+import dataclasses
+
 import pytest
 import torch
 from small_tasks import Quadratic
 from support import random_policy
 
-from learned_optim.meta_train import MetaTrainConfig
+from learned_optim import Policy
+from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.combine import Combiner, combine_by_inverse_variance
 from learned_optim.meta_train.estimators import (
     ES,
@@ -170,3 +173,14 @@ def test_meta_losses_are_what_they_say():
     assert float(META_LOSSES["final"](losses, 2.0)) == 1.0
     assert float(META_LOSSES["sum"](losses, 2.0)) == pytest.approx(7 / 3)
     assert float(META_LOSSES["log_ratio"](losses, 2.0)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_step_size_is_the_heads_first_row_and_nothing_else_moves():
+    config = MetaTrainConfig(outer_steps=2, parts=("step_size",), meta_batch=2, max_length=6, validate_every=0)
+    for estimator in ("es", "backprop"):
+        start = Policy()
+        learned = meta_train(dataclasses.replace(config, estimator=estimator), [Quadratic()], start=start).policy
+        moved = {name: (w - start.weights()[name]).detach() for name, w in learned.weights().items()}
+        assert bool((moved["head"][0] != 0).any())
+        assert not moved["head"][1:].any()
+        assert not any(w.any() for name, w in moved.items() if name != "head")
