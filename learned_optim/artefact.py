@@ -31,7 +31,7 @@ from safetensors.torch import save
 
 from learned_optim import __version__, card
 from learned_optim.errors import InvalidPolicyError, PolicyNotFoundError
-from learned_optim.filenames import CARD, CONFIG, LIMITS, RESULTS, WEIGHTS, why_missing
+from learned_optim.filenames import CARD, CONFIG, LIMITS, RESULTS, WEIGHTS, naming, why_missing
 from learned_optim.policy import FORMAT_VERSION, Policy, PolicyConfig, expected_shapes
 
 LIBRARY = "learned_optim"
@@ -96,7 +96,7 @@ def write(files: Mapping[str, bytes], folder: Path) -> None:
     for name, data in files.items():
         temporary = folder / f".{name}.{secrets.token_hex(8)}.tmp"
         try:
-            with open(temporary, "xb") as stream:
+            with naming(folder / name), open(temporary, "xb") as stream:
                 stream.write(data)
                 stream.flush()
                 os.fsync(stream.fileno())

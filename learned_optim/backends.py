@@ -44,6 +44,7 @@ class Job(NamedTuple):
     hyper: Hyperparameters
     shape: torch.Size  #: of the whole parameter, of which the tensors may be a shard
     place: tuple[int, int]  #: number of the parameter's group, and of the parameter in it
+    trust: Tensor | None = None  #: 0-d, where there is a safeguard
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:

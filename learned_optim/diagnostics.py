@@ -62,6 +62,7 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
         "cosine_slow": cosine[1],
         "rms_hidden_0": h_h.sqrt(),
         **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
+        **({} if record.trust is None else {"trust": record.trust[:count]}),
     }
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+import os
+from collections.abc import Iterable, Iterator
 
 WEIGHTS, CONFIG, RESULTS, CARD = "model.safetensors", "config.json", "results.json", "README.md"
 
@@ -18,3 +20,14 @@ def why_missing(missing: str, present: Iterable[str]) -> str:
     if missing == WEIGHTS and pickles:
         return f"it holds no {missing}, only {pickles[0]}, and pickled weights are never loaded: they can run code"
     return f"it holds no {missing}"
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of the body say which file they are about: those of writing, a full disk above all, do not."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise

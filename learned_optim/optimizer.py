@@ -102,9 +102,10 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         if state_dtype is not None and state_dtype not in _STATE_DTYPES:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {_STATE_DTYPES} or None")
-        if safeguard:
-            raise ValueError("safeguard=True is not available in this version")
         self.policy = _resolve(policy, revision)
+        if safeguard and self.policy.config.cell != "gated":
+            raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
+        self.safeguard = safeguard
         self.state_dtype = state_dtype
         self._backend_name = backend
         self._backend = make_backend(backend, self.policy)
@@ -219,6 +220,8 @@ class LearnedOptimizer(Optimizer):
                 state[key] = torch.zeros_like(p, dtype=self._plane_dtype(p, key))
             for key in ("cosine_fast", "cosine_slow"):
                 state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
+        if self.safeguard and "trust" not in state:  # nor in state that was saved without a safeguard
+            state["trust"] = torch.zeros_like(state["cosine_fast"])
         state["step"] += 1
         grad = p.grad
         if grad is None:
@@ -231,7 +234,8 @@ class LearnedOptimizer(Optimizer):
         if maximize:
             tensors[1] = -tensors[1]
         cosine = (state["cosine_fast"], state["cosine_slow"])
-        return Job(tensors[0], tensors[1], tuple(tensors[2:]), cosine, float(state["step"]), hyper, shape, place)
+        return Job(tensors[0], tensors[1], tuple(tensors[2:]), cosine, float(state["step"]), hyper, shape, place,
+                   state["trust"] if self.safeguard else None)  # fmt: skip
 
     def _plane_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
@@ -250,6 +254,7 @@ class LearnedOptimizer(Optimizer):
             **super().__getstate__(),
             "policy": self.policy,
             "state_dtype": self.state_dtype,
+            "safeguard": self.safeguard,
             "_backend_name": self._backend_name,
         }
 
@@ -275,7 +280,7 @@ class LearnedOptimizer(Optimizer):
         for key, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
                 values = saved["state"][key]
-                fresh = {name: torch.zeros_like(v) for name, v in values.items() if name.startswith("cosine")}
+                fresh = {name: torch.zeros_like(v) for name, v in values.items() if name.startswith("cosine") or name == "trust"}
                 saved["state"][key] = {**values, **fresh}
         return saved
 

@@ -198,10 +198,10 @@ def _typed(name: str, value: Any, like: Any) -> Any:
 
     def scalar(x: Any, sample: Any) -> Any:
         wanted = type(sample)
-        if wanted is float and isinstance(x, int) and not isinstance(x, bool):
-            return float(x)
+        if wanted is float and isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**1023:
+            return float(x)  # larger ones are no floats
         if type(x) is not wanted:
-            raise ValueError(f"key {name!r} must hold {wanted.__name__}, found {x!r}")
+            raise ValueError(f"key {name!r} must hold {wanted.__name__}, found {x!r:.80}")
         return x
 
     if isinstance(like, tuple):

@@ -29,6 +29,9 @@ from learned_optim.hub_errors import CLIENT, LOG_IN, in_our_words
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo
 
+#: What may become a file's name in the cache: the client makes paths of these headers as they come.
+_SAFE_NAME = re.compile(r"(?!\.\.?$)[\w.+=:-]{1,200}", re.ASCII)
+
 _REPOSITORY = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>\S+))?", re.ASCII)
 
 #: Seconds before the first question to the Hub is asked again, after an answer that says to try later.
@@ -97,7 +100,7 @@ def fetch(
     warning = None
     if not local_files_only:
         try:
-            call.check_size(CONFIG, revision)
+            call.check_headers(CONFIG, revision)
         except HubConnectionError as error:
             if force_download:
                 raise
@@ -138,8 +141,11 @@ class _Call:
     local_files_only: bool
     force_download: bool
 
-    def check_size(self, name: str, revision: str | None) -> None:
-        """Refuse a file that is too large before it is downloaded; the first question that a pull asks the Hub."""
+    def check_headers(self, name: str, revision: str | None) -> None:
+        """Refuse, before it is downloaded, a file that is too large or whose headers lead out of the cache.
+
+        The first question that a pull asks the Hub.
+        """
         from huggingface_hub import get_hf_file_metadata, hf_hub_url
 
         if self._in_cache(name, revision):
@@ -148,14 +154,19 @@ class _Call:
         for wait in (*_WAITS, None):
             try:
                 with self._our_words():
-                    size = get_hf_file_metadata(url, token=self.token, **CLIENT).size
+                    found = get_hf_file_metadata(url, token=self.token, **CLIENT)
                 break
             except HubConnectionError as error:
                 status = getattr(getattr(error.__cause__, "response", None), "status_code", 0)
                 if wait is None or (status != 429 and status < 500):
                     raise
                 time.sleep(wait)
-        limit = LIMITS[name]
+        for header, value in (("ETag", found.etag), ("X-Repo-Commit", found.commit_hash)):
+            if value is not None and not _SAFE_NAME.fullmatch(value):
+                raise InvalidPolicyError(
+                    f"{self.repo_id} is refused: the server's {header} for {name} is no name of a file, {value!r:.80}"
+                )
+        size, limit = found.size, LIMITS[name]
         if size is not None and size > limit:
             raise InvalidPolicyError(
                 f"{self.repo_id} is refused: {name} has {size} bytes, more than the limit, {limit}"
@@ -171,7 +182,7 @@ class _Call:
             if isinstance(cached, str):
                 Path(cached).unlink()
         if name != CONFIG and not self.local_files_only:
-            self.check_size(name, revision)
+            self.check_headers(name, revision)
         with self._our_words():
             path = hf_hub_download(
                 self.repo_id, name, revision=revision, cache_dir=self.cache_dir, token=self.token,

@@ -20,6 +20,7 @@ from learned_optim.cells import Hyperparameters
 from learned_optim.coordinates import tensor_shape_context
 from learned_optim.features import TensorSums
 from learned_optim.policy import Policy
+from learned_optim.safeguard import guarded
 
 if TYPE_CHECKING:
     from learned_optim.backends import Backend, Job, Unit
@@ -41,6 +42,7 @@ class Record(NamedTuple):
     sums: TensorSums  #: [K] each
     coefficients: Tensor  #: [C, K]
     cosine: Tensor  #: [2, K]
+    trust: Tensor | None  #: [K], and more, where there is a safeguard
 
 
 class _Columns(NamedTuple):
@@ -66,7 +68,7 @@ class Head:
         self.weights = {name: w.detach().clone() for name, w in policy.weights().items()}
 
     def __call__(self, jobs: list[Job], sums: TensorSums) -> tuple[Tensor, Record]:
-        """[C, len(jobs)] in float64; the jobs' cosines are updated."""
+        """[C, len(jobs)] in float64; the jobs' cosines and trusts are updated."""
         device = sums.u_u.device
         layout = _columns(tuple(job.shape for job in jobs), device)
         missing = layout.numel.numel() - len(jobs)
@@ -80,9 +82,16 @@ class Head:
         values, cosine = update_rule.coefficients(weights, self.config, layout, padded, cosine, step)
         for i in range(2):
             copy_all([job.cosine[i] for job in jobs], list(cosine[i].unbind()[: len(jobs)]))
+        trust = None
+        trusts = [job.trust for job in jobs if job.trust is not None]
+        if trusts:
+            trust = torch.zeros_like(cosine[0])
+            copy_all(list(trust.unbind()[: len(jobs)]), trusts)
+            values, trust = guarded(self.config, values, layout.numel, cosine, trust)
+            copy_all(trusts, list(trust.unbind()[: len(jobs)]))
         values = values[:, : len(jobs)]
         return values, Record(
-            [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, cosine
+            [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, cosine, trust
         )
 
 

@@ -17,6 +17,7 @@ import data  # noqa: E402  # pyright: ignore[reportMissingImports]
 import evaluate  # noqa: E402  # pyright: ignore[reportMissingImports]
 import meta_learn  # noqa: E402  # pyright: ignore[reportMissingImports]
 import plots  # noqa: E402  # pyright: ignore[reportMissingImports]
+import report  # noqa: E402  # pyright: ignore[reportMissingImports]
 from model import LanguageModel  # noqa: E402  # pyright: ignore[reportMissingImports]
 from read import Method, Reader, RmsDynamic, cache_losses  # noqa: E402  # pyright: ignore[reportMissingImports]
 
@@ -175,7 +176,7 @@ def test_gains_are_zero_where_methods_agree_and_intervals_hold_the_mean() -> Non
     rng = torch.Generator().manual_seed(0)
     static = [4.0 + torch.randn(40 + i, generator=rng) for i in range(6)]
     by_method = {"static": static, "rms": [l - 0.1 for l in static], "learned": [l - 0.2 for l in static]}
-    results = evaluate.compare({n: evaluate.quarters(l) for n, l in by_method.items()}, "rms", draws=200)
+    results = report.compare({n: report.quarters(l) for n, l in by_method.items()}, "rms", draws=200)
     assert results["last_quarter_ratio"] == pytest.approx(2.0, rel=1e-4)
     assert results["methods"]["static"]["gain"] == [0.0] * 5
     row = results["methods"]["learned"]
@@ -191,8 +192,8 @@ def test_from_a_folder_of_texts_to_table_and_pictures(tmp_path: Path, monkeypatc
     arguments += ["--save-policy", str(tmp_path / "reader")]
     evaluate.main(arguments)
     results = json.loads((out / "results.json").read_text(encoding="utf-8"))
-    assert set(results["methods"]) == set(evaluate.NAMES)
-    assert evaluate.markdown(results).count("\n") >= len(evaluate.NAMES)
+    assert set(results["methods"]) == set(report.NAMES)
+    assert report.markdown(results).count("\n") >= len(report.NAMES)
     monkeypatch.setattr(sys, "argv", ["plots.py", str(out)])
     plots.main()
     for name in ("positions", "updates", "lengths", "levels", "article"):

@@ -1,7 +1,8 @@
 """The folder of a run: checkpoints that are whole or absent, metrics, and one run at a time.
 
 DIR/config.toml            the settings
-DIR/checkpoint.pt          where the run stands; ``checkpoint.previous.pt`` is the one before
+DIR/checkpoint.pt          where the run stands; ``checkpoint.previous.pt`` is the one before,
+                           ``checkpoint.damaged.pt`` one that could not be read
 DIR/metrics.jsonl          a line per outer step
 DIR/best/                  the policy that validation liked best, as an artefact
 DIR/final/                 the policy after the last outer step
@@ -13,7 +14,6 @@ import fcntl
 import io
 import json
 import os
-import pickle
 import warnings
 import zipfile
 from pathlib import Path
@@ -21,16 +21,19 @@ from typing import Any
 
 import torch
 
+from learned_optim.filenames import naming
 from learned_optim.meta_train.config import MetaTrainConfig
 
-CURRENT, PREVIOUS, METRICS, CONFIG = "checkpoint.pt", "checkpoint.previous.pt", "metrics.jsonl", "config.toml"
+CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
+METRICS, CONFIG = "metrics.jsonl", "config.toml"
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Replace ``path`` as a whole: a reader sees the old file or the new one, also after a power cut."""
     temporary = path.with_name(path.name + ".writing")
+    temporary.unlink(missing_ok=True)  # of a run that was killed; and "x" follows no link that was put there
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -40,7 +43,8 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
-        os.fsync(folder)
+        with naming(path):
+            os.fsync(folder)
     finally:
         os.close(folder)
 
@@ -68,12 +72,19 @@ class RunFolder:
             self._lock.close()
             raise BlockingIOError(f"another process is meta-training in {self.path}: wait for it or use another folder"
                                   ) from error  # fmt: skip
-        if not resume and ((self.path / CURRENT).exists() or (self.path / METRICS).exists()):
+        try:
+            if not resume and ((self.path / CURRENT).exists() or (self.path / METRICS).exists()):
+                raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another "
+                                      "folder")  # fmt: skip
+            for pattern in ("*.writing", "*/.*.tmp"):  # of a run that was killed
+                for left_over in self.path.glob(pattern):
+                    left_over.unlink()
+            probe = self.path / ".probe"
+            write_atomically(probe, b"\0" * 1_000_000)  # a full disk is better met now than after an hour
+            probe.unlink()
+        except BaseException:
             self._lock.close()
-            raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another folder")
-        probe = self.path / ".probe"
-        write_atomically(probe, b"\0" * 1_000_000)  # a full disk is better met now than after an hour
-        probe.unlink()
+            raise
 
     def close(self) -> None:
         """Let others use the folder."""
@@ -93,12 +104,19 @@ class RunFolder:
             # A link, not a move: at no moment is there no current checkpoint.
             temporary = self.path / (PREVIOUS + ".writing")
             temporary.unlink(missing_ok=True)
-            os.link(current, temporary)
-            os.replace(temporary, self.path / PREVIOUS)
+            try:
+                os.link(current, temporary)
+                os.replace(temporary, self.path / PREVIOUS)
+                temporary.unlink(missing_ok=True)  # where both already were one file, replacing does nothing
+            except OSError:  # file systems without links; where the reason is another, this raises as well
+                write_atomically(self.path / PREVIOUS, current.read_bytes())
         write_atomically(current, data)
 
     def load(self, config: MetaTrainConfig) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, or ``None`` if there is none.
+
+        A damaged one is renamed, with a warning that names it, so that no later save makes it the previous one in
+        place of that which could be read.
 
         Raises:
             ValueError: it was made with other settings (they are named), or none that is there can be read.
@@ -109,18 +127,12 @@ class RunFolder:
             if not path.exists():
                 continue
             try:
-                state = torch.load(path, weights_only=True, map_location="cpu")
+                state = _read(path)
                 saved = MetaTrainConfig.from_dict(state["config"])
-            except (
-                RuntimeError,
-                OSError,
-                EOFError,
-                KeyError,
-                ValueError,
-                pickle.UnpicklingError,
-                zipfile.BadZipFile,
-            ) as e:
-                damaged.append(f"{path} ({type(e).__name__})")
+            except MemoryError:
+                raise
+            except Exception as error:  # what reading damaged bytes raises is no closed list
+                damaged.append(f"{path} ({type(error).__name__})")
                 continue
             # More outer steps only mean that the run goes on for longer.
             differing = [d for d in saved.differences(config) if not d.startswith(("outer_steps:", "threads:"))]
@@ -128,7 +140,9 @@ class RunFolder:
                 raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): "
                                  "resume with the same ones, or use another folder")  # fmt: skip
             if damaged:
-                warnings.warn(f"{', '.join(damaged)} is damaged; continuing from {path}", RuntimeWarning, stacklevel=2)
+                os.replace(self.path / CURRENT, self.path / DAMAGED)
+                warnings.warn(f"{damaged[0]} is damaged; continuing from {path}, the damaged one is now {DAMAGED}",
+                              RuntimeWarning, stacklevel=2)  # fmt: skip
             return state
         if damaged:
             raise ValueError(f"no checkpoint can be read: {', '.join(damaged)}; start again in another folder")
@@ -136,7 +150,8 @@ class RunFolder:
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append a line to the metrics."""
-        with open(self.path / METRICS, "a") as file:
+        path = self.path / METRICS
+        with naming(path), open(path, "a") as file:
             file.write(json.dumps(metrics) + "\n")
 
     def rewind(self, outer_step: int) -> list[dict[str, Any]]:
@@ -152,6 +167,16 @@ class RunFolder:
                 kept.append(metrics)
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept).encode())
         return kept
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A checkpoint. Any way of being damaged raises something."""
+    data = path.read_bytes()
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        broken = archive.testzip()  # torch itself compares no checksums: flipped bits would be loaded as numbers
+    if broken is not None:
+        raise zipfile.BadZipFile(f"{broken} does not have its checksum")
+    return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

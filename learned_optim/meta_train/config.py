@@ -151,6 +151,8 @@ class MetaTrainConfig:
         Raises:
             ValueError: an unknown key, or a value of the wrong type.
         """
+        if not isinstance(values, Mapping):
+            raise ValueError(f"settings are names and values, found {type(values).__name__}")
         known = {f.name: f.default for f in dataclasses.fields(cls)}
         unknown = sorted(set(values) - set(known))
         if unknown:
@@ -160,10 +162,11 @@ class MetaTrainConfig:
             wanted = type(known[name])
             if wanted is tuple and isinstance(value, list | tuple):
                 value = tuple(value)
-            elif wanted is float and type(value) is int:
+            elif wanted is float and type(value) is int and abs(value) < 2**1023:  # others are no floats
                 value = float(value)
-            if type(value) is not wanted:
-                raise ValueError(f"setting {name!r} must be of type {wanted.__name__}, found {value!r}")
+            if type(value) is not wanted or (isinstance(value, tuple) and not all(type(x) is str for x in value)):
+                kind = "a list of names" if wanted is tuple else f"of type {wanted.__name__}"
+                raise ValueError(f"setting {name!r} must be {kind}, found {value!r:.80}")
             typed[name] = value
         return cls(**typed)
 
@@ -179,14 +182,16 @@ class MetaTrainConfig:
             raise FileNotFoundError(f"no such settings file: {path}")
         try:
             read = _toml().loads if path.suffix == ".toml" else json.loads
-            return cls.from_dict(read(path.read_text()))
-        except ValueError as error:
+            return cls.from_dict(read(path.read_text(encoding="utf-8")))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_toml(self) -> str:
         """The text of a ``.toml`` file that :meth:`from_file` reads back."""
-        # JSON's numbers, strings, booleans and lists of them are TOML's.
-        return "".join(f"{name} = {json.dumps(value)}\n" for name, value in self.to_dict().items())
+        # JSON's numbers, booleans, strings and lists of them are TOML's, but for two kinds of characters: TOML knows
+        # no pairs of surrogates, and wants DEL escaped.
+        lines = (f"{name} = {json.dumps(value, ensure_ascii=False)}\n" for name, value in self.to_dict().items())
+        return "".join(lines).replace("\x7f", "\\u007f")
 
     def differences(self, other: MetaTrainConfig) -> list[str]:
         """``name: ours -> other's`` for every field that differs."""

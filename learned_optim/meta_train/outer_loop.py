@@ -236,7 +236,7 @@ class _Run:
         self.outer_step += 1
         if config.validate_every and self.outer_step % config.validate_every == 0:
             metrics["validation"] = self._validate()
-        self.seconds += time.perf_counter() - begun
+        self.seconds += max(0.0, time.perf_counter() - begun)  # of a machine whose clocks were set back
         metrics["seconds"] = round(self.seconds, 3)
         return metrics
 

@@ -1,0 +1,309 @@
+"""From text to table and pictures: train the static model, tune the baselines, meta-learn, compare on test articles.
+
+    python examples/dynamic_language_model/evaluate.py --out runs/language-model --quick
+    python examples/dynamic_language_model/evaluate.py --out runs/wiki --text folder/with/text/files
+
+Every stage leaves a file in ``--out`` and is not run again while that is there. The test articles are read once, at the
+very end, with settings chosen on the validation articles.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Article, Corpus, load
+from meta_learn import base_policy, learn
+from model import CHOICES, LanguageModel, keep_memory, pretrain
+from read import Method, Reader, cache_losses
+from report import NAMES, compare, markdown, quarters
+from torch import Tensor
+
+from learned_optim.hub import save_policy
+
+DYNAMIC = ("sgd", "adam", "rms")
+#: Where the search for a method's settings begins; eps in units of the gradient's rms.
+BEGIN = {
+    "sgd": Method("sgd", lr=0.5, decay=0.002),
+    "adam": Method("adam", lr=3e-3, decay=0.002, eps=1.0),
+    "rms": Method("rms", lr=3e-3, decay=0.002, eps=1.0),
+}
+#: Factors tried one after the other, around the best so far; the same for every method.
+SEARCH = (("lr", (1 / 3, 3.0)), ("eps", (1 / 4, 4.0)), ("decay", (1 / 4, 4.0)), ("lr", (0.6, 1.7)))
+
+
+def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/language-model"), help="folder for everything made")
+    parser.add_argument("--text", default="python", help="'python', or a folder of text files, or a file")
+    parser.add_argument("--quick", action="store_true", help="minutes instead of an hour or two")
+    parser.add_argument("--shortest", type=int, default=400, help="words; shorter articles are left out")
+    parser.add_argument("--longest", type=int, default=4000, help="words; the rest of an article is left out")
+    parser.add_argument("--vocabulary", type=int, default=6000, help="words at most")
+    parser.add_argument("--width", type=int, default=128, help="of embedding and LSTM")
+    parser.add_argument("--epochs", type=float, help="of the static training; fewer on much text")
+    parser.add_argument("--chunk", type=int, default=20, help="words predicted before they are learned from")
+    parser.add_argument("--choice", choices=tuple(CHOICES), default="all", help="weights that are learned in reading")
+    parser.add_argument("--outer-steps", type=int, help="of meta-training")
+    parser.add_argument("--test-words", type=int, help="of test articles that are read; whole articles, evenly chosen")
+    parser.add_argument("--tuning-words", type=int, help="of validation articles that settings are chosen on")
+    parser.add_argument("--backend", choices=("compiled", "eager"), default="compiled", help="of the update rule")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--save-policy", type=Path, help="also save the adapter there, e.g. pretrained/reader")
+    args = parser.parse_args(arguments)
+    for name, quick, full in (("outer_steps", 25, 220), ("tuning_words", 4000, 16000), ("test_words", 25_000, 150_000)):
+        if getattr(args, name) is None:
+            setattr(args, name, quick if args.quick else full)
+    return args
+
+
+def cut(articles: Sequence[Article], words: int) -> list[Article]:
+    """Beginnings of the articles, about ``words`` words together; of fewer articles rather than of under 1000 words."""
+    longest = max(1000, words // len(articles))
+    total = sum(min(len(a.tokens), longest) for a in articles)
+    kept = articles[:: max(1, round(total / words))]
+    return [Article(a.title, a.words[:longest], a.tokens[:longest]) for a in kept]
+
+
+def thinned(articles: Sequence[Article], words: int) -> list[Article]:
+    """Every n-th article, so that they have at most about ``words`` words together."""
+    return list(articles)[:: max(1, math.ceil(sum(len(a.tokens) for a in articles) / words))]
+
+
+def mean_loss(reader: Reader, articles: Sequence[Article], method: Method) -> float:
+    """Nats per word over whole articles; infinite for what diverges."""
+    losses = torch.cat([reader.read(a.tokens, method).losses for a in articles])
+    value = float(losses.double().mean())
+    return value if math.isfinite(value) else math.inf
+
+
+def tune(begin: Method, loss: Callable[[Method], float]) -> tuple[Method, list[dict[str, float]]]:
+    """Coordinate search by the steps of ``SEARCH``; every method gets as many tries."""
+    tried: dict[Method, float] = {}
+
+    def value(method: Method) -> float:
+        if method not in tried:
+            tried[method] = loss(method)
+        return tried[method]
+
+    best = begin
+    value(best)
+    for name, factors in SEARCH:
+        if getattr(best, name) == 0.0:
+            continue
+        for factor in factors:
+            moved = dataclasses.replace(best, **{name: getattr(best, name) * factor})
+            # As long as it gets better by more than a hair, go on in that direction.
+            while value(moved) < value(best) - 5e-4:
+                best, moved = moved, dataclasses.replace(moved, **{name: getattr(moved, name) * factor})
+    without = dataclasses.replace(best, decay=0.0)
+    best = without if value(without) < value(best) else best
+    return best, [{**method.settings(), "loss": found} for method, found in tried.items()]
+
+
+def tune_cache(articles: Sequence[Article], losses: Sequence[Tensor]) -> dict[str, float]:
+    """The mixture's weight and the cache's memory, by a grid."""
+    weights, memories = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5), (30.0, 100.0, 300.0, 1000.0)
+    grid = [(weight, memory) for weight in weights for memory in memories]
+
+    def mean(weight: float, memory: float) -> float:
+        mixed = (cache_losses(l, a.tokens, weight, memory) for a, l in zip(articles, losses, strict=True))
+        return float(torch.cat(list(mixed)).mean())
+
+    weight, memory = min(grid, key=lambda setting: mean(*setting))
+    return {"weight": weight, "memory": memory}
+
+
+def kept(path: Path, make: Callable[[], Any]) -> Any:
+    """What a stage makes, from its file where there is one."""
+    if not path.exists():
+        made = make()
+        torch.save(made, path.with_suffix(".part"))
+        path.with_suffix(".part").replace(path)
+    return torch.load(path, weights_only=True)
+
+
+def words_per_second(reader: Reader, articles: Sequence[Article], method: Method, words: int = 1000) -> float:
+    """Of reading the longest article's beginning; the better of two times."""
+    tokens = max((a.tokens for a in articles), key=len)[:words]
+    seconds = []
+    for _ in range(2):
+        begun = time.perf_counter()
+        reader.read(tokens, method)
+        seconds.append(time.perf_counter() - begun)
+    return round(len(tokens) / min(seconds), 1)
+
+
+def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> None:
+    """The adapter as a policy with its card."""
+    policy = method.policy
+    if policy is None:
+        raise ValueError("only the learned method has a policy to save")
+    ratio, best = results["last_quarter_ratio"], NAMES[results["best_dynamic"]]
+    perplexity = {name: row["perplexity"][4] for name, row in results["methods"].items()}
+    card = {
+        "bundled_as": args.save_policy.name, "license": "apache-2.0",
+        "training": {
+            "method": "back-propagation through unrolled reading: the loss on the chunk after each update",
+            "tasks": ["articles of Python's documentation" if args.text == "python" else "articles"],
+            "outer_steps": args.outer_steps, "seeds": [args.seed],
+            "core_hours": round(results["seconds"]["meta-training"] / 3600, 3),
+            "command": "python examples/dynamic_language_model/evaluate.py",
+        },
+        "evaluation": {
+            "suite": "a language model that learns while it reads, articles unseen in training",
+            "command": "python examples/dynamic_language_model/evaluate.py", "seeds": [args.seed], "reference": best,
+            "summary": {
+                "perplexity, static model": perplexity["static"],
+                f"perplexity, {best}": perplexity[results["best_dynamic"]],
+                "perplexity, this policy": perplexity["learned"],
+                "gain in the last quarter of an article, over the reference's": ratio,
+            },
+        },
+        "notes": [
+            "Made for one purpose: moving differences from the weights of a trained language model while it reads. It "
+            "expects second moments gathered on training text (learned_optim.tasks.warm) and is no rule for training "
+            "from random weights.",
+            f"Used with lr {method.lr:.3g}, weight_decay {method.decay / method.lr:.3g}, eps {method.eps:.3g} times "
+            "the rms of the gradient; see examples/dynamic_language_model.",
+        ],
+    }  # fmt: skip
+    save_policy(policy, args.save_policy, results=card)
+
+
+def static_model(corpus: Corpus, args: argparse.Namespace) -> LanguageModel:
+    words = sum(len(a.tokens) for a in corpus.parts["train"])
+    epochs, most = (5.0, 1.0e6) if args.quick else (12.0, 10e6)
+    epochs = args.epochs or min(epochs, most / words)
+
+    def make() -> dict[str, Tensor]:
+        made = pretrain(corpus.parts["train"], len(corpus.vocabulary), width=args.width, epochs=epochs, seed=args.seed)
+        return made.state_dict()
+
+    model = LanguageModel(len(corpus.vocabulary), args.width)
+    model.load_state_dict(kept(args.out / "static.pt", make))
+    return model.eval()
+
+
+class Clock:
+    """Prints what is done next, and keeps in a file how long what was done took: at most, where runs were resumed."""
+
+    def __init__(self, path: Path) -> None:
+        self.begun, self.path, self.stage = time.perf_counter(), path, ""
+        self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+    def __call__(self, stage: str) -> None:
+        now = time.perf_counter()
+        if self.stage:
+            self.seconds[self.stage] = max(round(now - self.begun, 1), self.seconds.get(self.stage, 0.0))
+            self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
+        self.begun, self.stage = now, stage
+        if stage:
+            print(f"[{stage}]", flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    args = settings(arguments)
+    torch.set_num_threads(args.threads)
+    keep_memory()
+    args.out.mkdir(parents=True, exist_ok=True)
+    chosen = {k: str(v) for k, v in vars(args).items() if k not in ("out", "save_policy", "threads")}
+    _same_settings(args.out / "settings.json", chosen)
+    clock = Clock(args.out / "seconds.json")
+    clock("text")
+    corpus = load(args.text, shortest=args.shortest, longest=args.longest, largest=args.vocabulary)
+    print(corpus.counts())
+    clock("static model")
+    model = static_model(corpus, args)
+    count = sum(p.numel() for p in model.parameters())
+    reader = Reader(model, args.choice, args.chunk)
+    reader.measure(cut(corpus.parts["meta"], 20_000))
+    print(f"  {count} weights, of which {sum(d.numel() for d in reader.differences().values())} are learned in reading")
+    validation = cut(corpus.parts["validation"], args.tuning_words)
+
+    clock("baselines, on validation articles")
+
+    def loss(method: Method) -> float:
+        value = mean_loss(reader, validation, method)
+        shown = ", ".join(f"{k} {v:.2g}" for k, v in method.settings().items())
+        print(f"  {method.kind}, {shown}: perplexity {math.exp(min(value, 50.0)):.2f}", flush=True)
+        return value
+
+    def tuned(begin: Method) -> Method:
+        found = kept(args.out / f"tuned_{begin.kind}.pt", lambda: _as_plain(*tune(begin, loss)))
+        return dataclasses.replace(begin, **found["settings"])
+
+    static_loss = loss(Method("static"))
+    methods = {"forgetful": Method("forgetful"), "static": Method("static")}
+    methods |= {kind: tuned(BEGIN[kind]) for kind in DYNAMIC}
+    cache = tune_cache(validation, [reader.read(a.tokens, Method("static")).losses for a in validation])
+
+    clock("meta-training")
+    base = base_policy(methods["rms"].eps * reader.gradient_rms)
+    begin = dataclasses.replace(methods["rms"], kind="learned", policy=base, backend=args.backend)
+    result = learn(
+        reader, corpus.parts["meta"], begin, outer_steps=args.outer_steps, out=args.out / "meta", seed=args.seed
+    )
+    clock("learned adapter, on validation articles")
+    before = kept(args.out / "before.pt", lambda: loss(begin))
+    begin = dataclasses.replace(begin, policy=result.policy)
+    methods["learned"] = tuned(begin)
+    if loss(methods["learned"]) > before:
+        print("  meta-training made validation articles harder to read: the policy that it began with is kept")
+        methods["learned"] = dataclasses.replace(begin, policy=base)
+    on_validation = {kind: loss(methods[kind]) for kind in (*DYNAMIC, "learned")}
+
+    clock("test articles")
+    test = thinned(corpus.parts["test"], args.test_words)
+    print(f"  {len(test)} articles, {sum(len(a.tokens) for a in test)} words")
+    best = min(DYNAMIC, key=on_validation.__getitem__)
+    watched = (best, "learned")
+    readings = {n: [reader.read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
+    losses = {name: [r.losses for r in found] for name, found in readings.items()}
+    losses["cache"] = [cache_losses(l, a.tokens, **cache) for l, a in zip(losses["static"], test, strict=True)]
+    losses = {name: losses[name] for name in NAMES}
+    clock("speed")
+    speed = {name: words_per_second(reader, test, method) for name, method in methods.items()}
+    clock("")
+    results = compare({name: quarters(l) for name, l in losses.items()}, best)
+    results |= {
+        "settings": chosen, "tuned": {n: m.settings() for n, m in methods.items() if m.lr} | {"cache": cache},
+        "validation": {"static": static_loss, "learned before meta-training": before, **on_validation},
+        "corpus": corpus.counts().splitlines(), "weights": count, "gradient_rms": reader.gradient_rms,
+        "words_per_second": speed, "seconds": clock.seconds,
+    }  # fmt: skip
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    updates = {
+        name: {t: [torch.tensor(r.updates[t]) for r in readings[name]] for t in reader.names} for name in watched
+    }
+    titles, words = [a.title for a in test], [a.words for a in test]
+    torch.save({"losses": losses, "updates": updates, "titles": titles, "words": words}, args.out / "readings.pt")
+    print(markdown(results))
+    if args.save_policy:
+        save(methods["learned"], results, args)
+
+
+def _as_plain(best: Method, tried: list[dict[str, float]]) -> dict[str, Any]:
+    return {"settings": best.settings(), "tried": tried}
+
+
+def _same_settings(path: Path, chosen: dict[str, str]) -> None:
+    """Refuse to mix the stages of runs with different settings."""
+    if path.exists():
+        old = json.loads(path.read_text(encoding="utf-8"))
+        if old != chosen:
+            differing = sorted(k for k in {*old, *chosen} if old.get(k) != chosen.get(k))
+            raise SystemExit(f"{path.parent} holds a run with another {', '.join(differing)}: give another --out")
+    path.write_text(json.dumps(chosen, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

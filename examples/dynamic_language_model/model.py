@@ -1,0 +1,132 @@
+"""The language model: one LSTM layer whose embedding is also its output layer, and its ordinary training.
+
+Short-term memory is the LSTM's state. Long-term memory is the weights that :func:`pretrain` makes. What is learned
+while reading, the memory in between, is kept as *differences* from these weights: they start at zero with every
+article, and the optimizer's weight decay is a decay back to the static weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+from data import Article
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+State = tuple[Tensor, Tensor]
+#: Named weights, or differences from them.
+Weights = dict[str, Tensor]
+#: Which weights are learned while reading.
+CHOICES = {
+    "all": ("embedding", "bias", "input", "recurrent", "gates"),
+    "recurrent": ("bias", "input", "recurrent", "gates"),
+}
+
+
+class LanguageModel(nn.Module):
+    """Predicts the next word.
+
+    Args:
+        vocabulary: number of words.
+        width: of the embedding and of the LSTM.
+        dropout: share of embedding and output units left out in training.
+    """
+
+    def __init__(self, vocabulary: int, width: int = 128, dropout: float = 0.4) -> None:
+        super().__init__()
+        bound = 1.0 / math.sqrt(width)
+        self.width, self.dropout = width, dropout
+        self.embedding = nn.Parameter(torch.empty(vocabulary, width).uniform_(-0.1, 0.1))
+        self.bias = nn.Parameter(torch.zeros(vocabulary))
+        self.input = nn.Parameter(torch.empty(4 * width, width).uniform_(-bound, bound))
+        self.recurrent = nn.Parameter(torch.empty(4 * width, width).uniform_(-bound, bound))
+        self.gates = nn.Parameter(torch.zeros(4 * width))
+        self.register_buffer("zeros", torch.zeros(4 * width), persistent=False)
+
+    def weights(self) -> Weights:
+        """The static weights by name, without their graph."""
+        return {name: p.detach() for name, p in self.named_parameters()}
+
+    def start(self, batch: int = 1) -> State:
+        """The LSTM's state at the beginning of an article, [1, batch, width] each."""
+        return torch.zeros(1, batch, self.width), torch.zeros(1, batch, self.width)
+
+    def losses(self, weights: Weights, tokens: Tensor, state: State, dropout: float = 0.0) -> tuple[Tensor, State]:
+        """Losses in nats of each word but the first, given those before it.
+
+        Args:
+            weights: by name, all of them.
+            tokens: [length + 1, batch].
+            state: after the words before ``tokens``.
+            dropout: share of units left out.
+
+        Returns:
+            [length, batch], and the state after all but the last word.
+        """
+        seen = F.dropout(F.embedding(tokens[:-1], weights["embedding"]), dropout)
+        lstm = [weights["input"], weights["recurrent"], weights["gates"], self.zeros]
+        hidden, h, c = torch.lstm(seen, state, lstm, True, 1, 0.0, False, False, False)  # pyright: ignore
+        hidden = F.dropout(hidden, dropout).flatten(0, 1)
+        scores = torch.addmm(weights["bias"], hidden, weights["embedding"].T)
+        losses = F.cross_entropy(scores, tokens[1:].flatten(), reduction="none")
+        return losses.view(tokens.shape[0] - 1, tokens.shape[1]), (h, c)
+
+
+def with_start(tokens: Tensor) -> Tensor:
+    """An article's tokens behind the one that every article begins with."""
+    return F.pad(tokens, (1, 0))
+
+
+def pretrain(
+    articles: Sequence[Article], vocabulary: int, *, width: int = 128, dropout: float = 0.4, epochs: float = 12.0,
+    lr: float = 4e-3, seed: int = 0, rows: int = 32, length: int = 32, verbose: bool = True,
+) -> LanguageModel:  # fmt: skip
+    """The static level: AdamW with a cosine schedule over streams of articles in random order."""
+    torch.manual_seed(seed)
+    model = LanguageModel(vocabulary, width, dropout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    count = sum(len(a.tokens) + 1 for a in articles)
+    per_epoch = max(1, count // rows // length)
+    steps = max(1, round(epochs * per_epoch))
+    weights: Weights = dict(model.named_parameters())  # pyright: ignore[reportAssignmentType]
+    begun, total = time.perf_counter(), 0.0
+    stream, state = torch.empty(0), model.start(rows)
+    for step in range(steps):
+        place = step % per_epoch
+        if place == 0:
+            order = torch.randperm(len(articles)).tolist()
+            joined = torch.cat([with_start(articles[i].tokens) for i in order])
+            usable = (len(joined) - 1) // rows
+            stream = torch.stack([joined[row * usable : (row + 1) * usable + 1] for row in range(rows)], 1)
+            state, total = model.start(rows), 0.0
+        tokens = stream[place * length : (place + 1) * length + 1]
+        if len(tokens) < 2:
+            continue
+        for group in optimizer.param_groups:
+            group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
+        losses, state = model.losses(weights, tokens, state, dropout)
+        state = (state[0].detach(), state[1].detach())
+        loss = losses.mean()
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        total += float(loss.detach())
+        if verbose and (place == per_epoch - 1 or step == steps - 1):
+            seconds, done = time.perf_counter() - begun, (step + 1) / per_epoch
+            print(f"  epoch {done:4.1f}: training loss {total / (place + 1):.3f}, {seconds:.0f} s", flush=True)
+    return model.eval()
+
+
+def keep_memory() -> None:
+    """Have the C library keep freed memory: giving back and fetching megabytes at every chunk doubles the time."""
+    try:
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD
+        libc.mallopt(-1, 1 << 29)  # M_TRIM_THRESHOLD
+    except (OSError, AttributeError, TypeError):  # another C library
+        pass

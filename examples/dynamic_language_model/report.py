@@ -1,0 +1,97 @@
+"""Perplexities by quarter of an article, with intervals, as figures and as a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: What is compared, and what the tables call it.
+NAMES = {
+    "forgetful": "static, state forgotten at each chunk",
+    "static": "static, state carried over",
+    "cache": "static + unigram cache",
+    "sgd": "dynamic evaluation, SGD",
+    "adam": "dynamic evaluation, Adam",
+    "rms": "dynamic evaluation, RMS and decay",
+    "learned": "learned adapter",
+}
+
+
+def quarters(losses: Sequence[Tensor]) -> Tensor:
+    """Sums of losses and numbers of words by article and quarter, [articles, 4, 2]."""
+    return torch.tensor(
+        [[[float(part.double().sum()), float(len(part))] for part in l.tensor_split(4)] for l in losses],
+        dtype=torch.float64,
+    )
+
+
+def compare(by_method: dict[str, Tensor], best: str, draws: int = 4000, seed: int = 0) -> dict[str, Any]:
+    """Perplexities by quarter with 95% bootstrap intervals over articles, and gains over the static model.
+
+    Args:
+        by_method: :func:`quarters` of each method.
+        best: the dynamic evaluation that the learned adapter is compared with.
+        draws: of the bootstrap.
+        seed: of it.
+    """
+    count = next(iter(by_method.values())).shape[0]
+    index = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
+    means, draw_means = {}, {}
+    for name, sums in by_method.items():
+        whole = torch.cat([sums, sums.sum(1, keepdim=True)], 1)  # the last column is the whole article
+        means[name] = whole[..., 0].sum(0) / whole[..., 1].sum(0)
+        drawn = whole[index].sum(1)
+        draw_means[name] = drawn[..., 0] / drawn[..., 1]
+
+    def interval(values: Tensor) -> list[list[float]]:
+        return torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype), 0).T.tolist()
+
+    table = {}
+    for name in by_method:
+        gain, drawn_gain = means["static"] - means[name], draw_means["static"] - draw_means[name]
+        table[name] = {
+            "perplexity": means[name].exp().tolist(), "perplexity_interval": interval(draw_means[name].exp()),
+            "gain": gain.tolist(), "gain_interval": interval(drawn_gain),
+        }  # fmt: skip
+    sums = by_method["learned"].sum(1)[:, 0] - by_method[best].sum(1)[:, 0]
+    paired = (draw_means["learned"] - draw_means[best])[:, [0, 3, 4]]
+    ratio = (means["static"] - means["learned"])[3] / (means["static"] - means[best])[3]
+    drawn = (draw_means["static"] - draw_means["learned"])[:, 3] / (draw_means["static"] - draw_means[best])[:, 3]
+    return {"methods": table, "best_dynamic": best, "articles": count, "articles_better": int((sums < 0.0).sum()),
+            "difference": (means["learned"] - means[best])[[0, 3, 4]].tolist(),
+            "difference_interval": interval(paired), "last_quarter_ratio": float(ratio),
+            "last_quarter_ratio_interval": interval(drawn[:, None])[0]}  # fmt: skip
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table of a ``results.json``."""
+    rows = ["|  | quarter 1 | quarter 2 | quarter 3 | quarter 4 | whole | gain in quarter 4, nats per word |",
+            "| --- | --: | --: | --: | --: | --: | --: |"]  # fmt: skip
+    for name, row in results["methods"].items():
+        cells = [
+            f"{value:.1f} ({low:.0f}–{high:.0f})"
+            for value, (low, high) in zip(row["perplexity"], row["perplexity_interval"], strict=True)
+        ]
+        low, high = row["gain_interval"][3]
+        rows.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['gain'][3]:.3f} ({low:.3f} to {high:.3f}) |")
+    low, high = results["last_quarter_ratio_interval"]
+    ratio = results["last_quarter_ratio"]
+    best = NAMES[results["best_dynamic"]]
+    better = f"{results['articles_better']} of {results['articles']}"
+    rows += [
+        "", f"Gain of the learned adapter in the last quarter over that of *{best}*: {ratio:.2f} ({low:.2f} to "
+        f"{high:.2f}). Its loss is lower on {better} articles; the paired difference in nats per word is "
+        f"{_differences(results)}.",
+    ]  # fmt: skip
+    return "\n".join(rows)
+
+
+def _differences(results: dict[str, Any]) -> str:
+    parts = zip(
+        ("in the first quarter", "in the last", "over the whole"),
+        results["difference"], results["difference_interval"], strict=True,
+    )  # fmt: skip
+    return ", ".join(f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {where}" for where, value, (low, high) in parts)
