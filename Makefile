@@ -4,8 +4,9 @@ VENV ?= .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
+SOAK_MINUTES ?= 30
 
-.PHONY: help demo test test-clients check results clean
+.PHONY: help demo test test-clients check results soak reliability clean
 .DELETE_ON_ERROR:
 
 help:
@@ -14,6 +15,8 @@ help:
 	@echo 'make test-clients  the tests with transformers, accelerate and Lightning'
 	@echo 'make check    lint, format and types'
 	@echo 'make results  measure again what README.md shows'
+	@echo 'make soak     half an hour of faults and interruptions (SOAK_MINUTES=30), writes docs/reliability.md'
+	@echo 'make reliability  plant faults in a copy and see that the tests notice, writes docs/reliability.md'
 	@echo 'make clean    remove .venv and everything generated'
 
 demo: $(VENV)/.demo
@@ -35,6 +38,14 @@ results: $(VENV)/.demo
 	$(PY) tools/measure_step.py docs/results/step.json
 	$(PY) tools/measure_limits.py docs/results/limits.json
 	$(PY) tools/readme_tables.py
+
+soak: $(VENV)/.test
+	$(PY) tools/soak.py --minutes $(SOAK_MINUTES) --out docs/results/reliability.json
+	$(PY) tools/reliability_report.py
+
+reliability: $(VENV)/.test
+	$(PY) tools/mutation_check.py --out docs/results/mutations.json
+	$(PY) tools/reliability_report.py
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info

@@ -63,7 +63,11 @@ class LearnedOptimizer(Optimizer):
         backend: ``"eager"``, ``"compiled"`` or ``"auto"``; :attr:`backend` says what is used.
         state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 14 bytes per parameter.
             ``None``: float32, and float64 for float64 parameters: 24 bytes per parameter in float32.
-        safeguard: reserved; ``True`` is refused by this version.
+        safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's as its gradients agree with
+            the way taken so far; where they turn against it, it falls back to AdamW's. Every update is a mixture of
+            the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by its policy).
+            No loss is evaluated and nothing promises that the loss falls; it costs some small operations per step and
+            one number per tensor, and a part of the speed-up. Measured in ``docs/safeguard.md``.
 
     Raises:
         ValueError: an argument out of range, or an unknown policy or backend.
@@ -102,6 +106,8 @@ class LearnedOptimizer(Optimizer):
     ) -> None:
         if state_dtype is not None and state_dtype not in _STATE_DTYPES:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {_STATE_DTYPES} or None")
+        if not isinstance(safeguard, bool):
+            raise TypeError(f"Invalid safeguard: {safeguard!r}; expected True or False")
         self.policy = _resolve(policy, revision)
         if safeguard and self.policy.config.cell != "gated":
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
@@ -149,6 +155,7 @@ class LearnedOptimizer(Optimizer):
             - ``rms_hidden_0``: of the first hidden unit before the step; 1 where gradients never change sign.
               ``window_0``, ...: over how many steps each hidden unit averages, ``step`` at most; the coordinates' own
               gates, which vary it, are left out.
+            - ``trust``: with a safeguard only, its trust in the rule; up to 0.25 the step was AdamW's.
 
             A tensor with a gradient that is not finite has NaN here.
 
@@ -273,14 +280,15 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
 
-        Where classic FSDP has flattened the parameters, the averages of the cosine are saved as 0 and begin anew in a
-        run that is resumed: every process has another one for its piece, which FSDP refuses to save.
+        Where classic FSDP has flattened the parameters, the averages of the cosine and the trust are saved as 0 and
+        begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses to save.
         """
         saved = super().state_dict()
         for key, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
                 values = saved["state"][key]
-                fresh = {name: torch.zeros_like(v) for name, v in values.items() if name.startswith("cosine") or name == "trust"}
+                own = [name for name in values if name in ("cosine_fast", "cosine_slow", "trust")]
+                fresh = {name: torch.zeros_like(values[name]) for name in own}
                 saved["state"][key] = {**values, **fresh}
         return saved
 

@@ -1,7 +1,9 @@
 """The safeguard: per tensor, a trust between 0 (AdamW's step) and 1 (the rule's), moved by what gradients say.
 
-The evidence is the cosine between a tensor's gradient and its momentum so far, which the tensor head sees anyway: where
-gradients keep pointing against the way that was taken, steps overshoot. Trust then falls at once; it comes back slowly.
+The evidence is the sign of the correlation between a tensor's gradient and its momentum so far, which the tensor head
+sees anyway: the gradient of the loss after a step in the length of that step. Positive means that longer steps would
+have gained more. Where steps are as long as they may be, AdamW's or the rule's, it turns negative: trust then falls,
+faster than it grows.
 """
 
 from __future__ import annotations

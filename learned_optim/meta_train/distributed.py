@@ -19,12 +19,31 @@ def process_group() -> Iterator[None]:
     """A gloo process group for the body, if torchrun has started this process and none is there yet."""
     begin = "WORLD_SIZE" in os.environ and dist.is_available() and not dist.is_initialized()
     if begin:
-        dist.init_process_group("gloo")
+        _init_process_group()
     try:
         yield
     finally:
         if begin:
             dist.destroy_process_group()
+
+
+def _init_process_group() -> None:
+    """A gloo group of torchrun's processes, which finds no addresses of those that it has restarted.
+
+    torchrun keeps one store over its restarts, and torch looks addresses up in it under the same names each time: a
+    process that is quicker than its neighbour would connect to the neighbour's dead predecessor. The count of restarts
+    keeps the attempts apart; on several nodes it may differ from node to node, and torch's own way is taken.
+    """
+    environ = os.environ
+    if "TORCHELASTIC_RESTART_COUNT" not in environ or environ.get("LOCAL_WORLD_SIZE") != environ["WORLD_SIZE"]:
+        dist.init_process_group("gloo")
+        return
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
+
+    store, number, size = next(rendezvous("env://"))
+    attempt = PrefixStore(f"attempt_{environ['TORCHELASTIC_RESTART_COUNT']}", store)
+    dist.init_process_group("gloo", store=attempt, rank=number, world_size=size)
 
 
 def rank() -> int:

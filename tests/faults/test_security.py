@@ -66,9 +66,19 @@ sys.addaudithook(hook)
 load({first!r})
 watching[0] = True
 load({second!r})
+honest = list(seen)
+exec("1")
+open(os.path.join({proof!r}, "proof"), "w").close()
 watching[0] = False
-print(json.dumps(seen))
+print(json.dumps([honest, seen[len(honest):]]))
 """
+
+
+def audited(output: str) -> list[list[str]]:
+    """What was seen while a policy was loaded; and the hook is one that would have seen code and files."""
+    honest, planted = json.loads(output)
+    assert {"code", "write"} <= {kind for kind, _ in planted}
+    return honest
 
 
 def trained(seed: int) -> dict[str, bytes]:
@@ -101,13 +111,13 @@ def clients(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Clients]:
 
 def test_loading_from_a_folder_executes_nothing_connects_nowhere_and_writes_nothing(tmp_path):
     first, second = put(trained(0), tmp_path / "first"), put(trained(1), tmp_path / "second")
-    code = AUDITED.format(first=str(first), second=str(second), force=False)
+    code = AUDITED.format(first=str(first), second=str(second), force=False, proof=str(tmp_path))
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == []
+    assert audited(done.stdout) == []
 
 
 def test_loading_from_the_hub_executes_nothing_connects_to_it_alone_and_writes_in_the_cache_alone(
@@ -116,8 +126,8 @@ def test_loading_from_the_hub_executes_nothing_connects_to_it_alone_and_writes_i
     hub.add("alice/first", trained(0))
     hub.add("alice/second", trained(1))
     home = tmp_path / "home"
-    code = AUDITED.format(first="alice/first", second="alice/second", force=True)
-    seen = json.loads(clients.run(code, hub.environment(home)).output())
+    code = AUDITED.format(first="alice/first", second="alice/second", force=True, proof=str(tmp_path))
+    seen = audited(clients.run(code, hub.environment(home)).output())
     kinds = {kind for kind, _ in seen}
     assert "net" in kinds, "the hook saw no connection: it watches nothing"
     assert "write" in kinds
@@ -130,14 +140,6 @@ def test_loading_from_the_hub_executes_nothing_connects_to_it_alone_and_writes_i
             assert Path(what).is_relative_to(home) or what == os.devnull, what
         else:
             raise AssertionError(f"loading ran code: {what}")
-
-
-def test_the_audit_would_see_code_that_runs(tmp_path):
-    hook = AUDITED.replace("load({second!r})", "exec('1'); open({second!r}, 'w').close()").replace("{force}", "False")
-    code = hook.format(first="default", second=str(tmp_path / "file")).replace("force_download={force}", "")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    kinds = [kind for kind, _ in json.loads(done.stdout)]
-    assert {"code", "write"} <= set(kinds)
 
 
 # --- a server that lies --------------------------------------------------------------------------------------------
