@@ -213,6 +213,12 @@ def test_thousands_of_damaged_artefacts_are_refused(numbers: range, tmp_path: Pa
     assert peak_memory() - before < 200e6
 
 
+def test_numbers_too_large_for_the_arithmetic_are_refused(tmp_path: Path) -> None:
+    assert load_policy(put(seal(GOOD, eps=1e9), tmp_path)).config.eps == 1e9
+    with pytest.raises(InvalidPolicyError, match="key 'eps' holds"):
+        load_policy(put(seal(GOOD, eps=1.001e9), tmp_path))
+
+
 def test_fifty_megabytes_of_weights_are_refused_in_time(tmp_path: Path) -> None:
     # As many bytes as are read at all, once under a checksum that fits and once not.
     values, data = header(GOOD)

@@ -49,10 +49,16 @@ class Life(RuleBasedStateMachine):
         self.counts: list[int] = []
         self.retyped = False
 
-    @initialize(policy=st.sampled_from(sorted(ALL)), state_dtype=st.sampled_from([None, torch.bfloat16]), seed=seeds)
-    def construct(self, policy, state_dtype, seed) -> None:
+    @initialize(
+        policy=st.sampled_from(sorted(ALL)),
+        state_dtype=st.sampled_from([None, torch.bfloat16]),
+        safeguard=st.booleans(),
+        seed=seeds,
+    )
+    def construct(self, policy, state_dtype, safeguard, seed) -> None:
         self.policy, self.generator = ALL[policy], torch.Generator().manual_seed(seed)
         self.options: dict[str, Any] = {"policy": self.policy, "state_dtype": state_dtype, "backend": "eager"}
+        self.options["safeguard"] = safeguard and self.policy.config.cell == "gated"
         self.optimizer = LearnedOptimizer([self.leaf((4,)), self.leaf((3, 2))], **self.options)
         self.counts = [0, 0]
 

@@ -110,6 +110,16 @@ def problem(seed, steps=6, dtype=torch.float32):
     return starts, grads
 
 
+def test_a_coordinate_without_gradient_moves_on_with_its_momentum():
+    (p,) = params = leaves((5,))
+    optimizer = make(params, Policy(PolicyConfig(agreement=1.0)), weight_decay=0.0)  # what disagrees does not move
+    for gradient in ([1.0, 1.0, 1.0, 1.0, -1.0], [1.0, 1.0, 0.0, -0.1, 0.0]):
+        before = p.detach().clone()
+        p.grad = torch.tensor(gradient)
+        optimizer.step()
+    assert (p.detach() != before).tolist() == [True, True, True, False, True]
+
+
 @given(policies, seeds)
 def test_the_update_is_odd_in_gradient_and_parameter(policy, seed):
     starts, grads = problem(seed)

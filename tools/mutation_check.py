@@ -1,6 +1,6 @@
 """Would the tests notice? Plants small faults in a copy of the repository and runs, for each, the tests of that module.
 
-    python tools/mutation_check.py --out docs/results/mutations.json [--faults 72] [--only hub.py] [--list]
+    python tools/mutation_check.py --out docs/results/mutations.json [--faults 56] [--only hub.py] [--list]
 
 A fault is one comparison, sign, number, condition or statement changed. Which ones is drawn from a seed, a number of
 each module fixed in ``MODULES``; faults that no test notices are listed, with the reason where one is known.
@@ -31,23 +31,36 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info", ".ruff_cache", "demo")
 
-#: Module: how many faults of the 72, and the tests that cover it, the quickest first.
+#: Module: how many faults of 72, and the tests that cover it, the quickest first.
 MODULES: dict[str, tuple[int, tuple[str, ...]]] = {
     "update_rule.py": (12, ("tests/test_update_rule.py", "tests/test_properties.py", "tests/test_step.py",
                             "tests/meta_train/test_unroll.py")),
-    "optimizer.py": (12, ("tests/test_construction.py", "tests/test_step.py", "tests/test_life.py",
-                          "tests/test_pickling.py", "tests/test_checkpoints.py", "tests/test_dtypes_and_layouts.py")),
+    "optimizer.py": (12, ("tests/test_construction.py", "tests/test_step.py", "tests/test_pickling.py",
+                          "tests/test_checkpoints.py", "tests/test_dtypes_and_layouts.py", "tests/test_life.py",
+                          "tests/test_sharding.py")),
     "saved_state.py": (6, ("tests/test_checkpoints.py", "tests/test_sharding.py")),
     "arguments.py": (6, ("tests/test_construction.py",)),
     "meta_train/unroll.py": (10, ("tests/meta_train/test_unroll.py",)),
-    "hub.py": (7, ("tests/test_hub.py",)),
+    "hub.py": (7, ("tests/test_hub.py", "tests/test_hub_remote.py")),
     "artefact.py": (9, ("tests/test_hub.py", "tests/test_hub_damage.py")),
     "meta_train/checkpoint.py": (10, ("tests/faults/test_disks.py", "tests/meta_train/test_outer_loop.py",
-                                      "tests/faults/test_interruptions.py", "tests/faults/test_security.py")),
+                                      "tests/faults/test_interruptions.py", "tests/meta_train/test_command.py")),
 }  # fmt: skip
 
 #: Survivors that are no lack of a test: by module and the faulty line.
-EXPLAINED: dict[tuple[str, str], str] = {}
+EXPLAINED: dict[tuple[str, str], str] = {
+    ("optimizer.py", 'if getattr(p, "_fsdp_flattened", False) and key not in saved["state"]:'): (
+        "Noticed by the test of classic FSDP in tests/test_parallel_training.py, which takes too long to be run here."
+    ),
+    ("meta_train/unroll.py", "segment: int = 1"): "The same numbers: segments only say what is kept in memory.",
+    ("meta_train/unroll.py", "return run([t.detach() for t in tensors], recompute=True)"): (
+        "The same numbers: a forward pass in segments of one step."
+    ),
+    (
+        "meta_train/checkpoint.py",
+        "temporary.unlink(missing_ok=False) # where both already were one file, replacing does nothing",
+    ): "The checkpoint is then copied instead of linked: the same files.",
+}
 
 COMPARISONS = {"<": "<=", "<=": "<", ">": ">=", ">=": ">", "==": "!=", "!=": "==", "is": "is not", "is not": "is",
                "in": "not in", "not in": "in"}  # fmt: skip
@@ -206,13 +219,15 @@ def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> tuple[bool, s
             stream.flush()
         os._exit(status)
     status = None
-    while status is None and time.monotonic() - begun < limit:
-        done, code = os.waitpid(child, os.WNOHANG)
-        status = os.waitstatus_to_exitcode(code) if done else None
-        time.sleep(0.05)
+    try:
+        while status is None and time.monotonic() - begun < limit:
+            done, code = os.waitpid(child, os.WNOHANG)
+            status = os.waitstatus_to_exitcode(code) if done else None
+            time.sleep(0.05)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child, signal.SIGKILL)  # the session that the child began: what its tests left running, too
     took = time.monotonic() - begun
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(child, signal.SIGKILL)  # the session that the child began: what its tests left running, too
     if status is None:
         os.waitpid(child, 0)
         return False, f"took longer than {limit:.0f} s", took
@@ -235,7 +250,7 @@ def check(faults: list[Fault], copy: Path) -> Iterator[dict[str, Any]]:
                 raise SystemExit(
                     f"the tests of {fault.module} fail without any fault: {failed}\n{(copy / 'log').read_text()}"
                 )
-            limits[fault.module] = 4 * took + 20
+            limits[fault.module] = 2 * took + 20
         path = copy / "learned_optim" / fault.module
         source = path.read_text()
         before, after = fault.lines(source)
@@ -255,7 +270,7 @@ def check(faults: list[Fault], copy: Path) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--faults", type=int, default=72)
+    parser.add_argument("--faults", type=int, default=56)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", default="", help="modules whose name contains this")
     parser.add_argument("--list", action="store_true", help="run nothing")
@@ -279,7 +294,6 @@ def main() -> None:
                 )
             return
         # Imported once, here: every run of the tests is a fork of this process.
-        import hypothesis  # noqa: F401
         import pytest  # noqa: F401
         import torch
 

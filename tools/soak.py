@@ -196,8 +196,9 @@ def soak(seconds: float, seed: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         models = [
             Model("float32", seed, Path(folder), torch.float32),
-            Model("bfloat16", seed, Path(folder), torch.bfloat16, state_dtype=torch.bfloat16),
-            Model("gru", seed, Path(folder), torch.float32, policy=gru),
+            Model("bfloat16 with bfloat16 state", seed, Path(folder), torch.bfloat16, state_dtype=torch.bfloat16),
+            Model("GRU cell", seed, Path(folder), torch.float32, policy=gru),
+            Model("with safeguard", seed, Path(folder), torch.float32, safeguard=True),
         ]
         end = time.monotonic() + seconds
         while time.monotonic() < end or len(memory) < 10:

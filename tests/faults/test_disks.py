@@ -65,6 +65,13 @@ def test_a_disk_that_is_full_from_the_start_is_said_before_work_begins(small_dis
     assert not (small_disk / "run" / CURRENT).exists()
 
 
+def test_a_run_leaves_what_it_is_said_to_leave_and_nothing_else(tmp_path):
+    train(settings(), tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} - {"tensorboard"} == {
+        ".lock", "config.toml", CURRENT, PREVIOUS, "metrics.jsonl", "best", "final",
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(("call", "after"), [("fsync", 5), ("fsync", 8), ("fsync", 17), ("replace", 4), ("replace", 9)])
 def test_whichever_call_finds_the_disk_full_nothing_is_lost(call, after, tmp_path, monkeypatch, undisturbed):
     monkeypatch.setattr(os, call, fails_after(getattr(os, call), after))
