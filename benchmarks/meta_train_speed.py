@@ -4,9 +4,10 @@
     python benchmarks/meta_train_speed.py --out docs/results
 
 Both packages unroll T inner steps of the same network on the same batches and back-propagate the mean log-loss to
-their meta-parameters: in one thread, one after the other in turn, the medians of the processor time. ``higher`` runs
-(a) the same learned rule, tensor by tensor, as an optimizer of its own kind, and (b) its differentiable Adam, of which
-one number, the learning rate, is learned. Memory is the peak of a process of its own, without what torch itself takes.
+their meta-parameters, ours compiled and not: in one thread, one after the other in turn, the medians of the processor
+time. ``higher`` runs (a) the same learned rule, tensor by tensor, as an optimizer of its own kind, and (b) its
+differentiable Adam, of which one number, the learning rate, is learned. Memory is the peak of a process of its own,
+without what torch itself takes.
 """
 
 from __future__ import annotations
@@ -56,8 +57,10 @@ def task(widths: tuple[int, ...], batch: int) -> ModuleTask:
     return ModuleTask(lambda: network(widths), batches, lambda net, b: mse_loss(net(b[0]), b[1]))
 
 
-def ours(widths: tuple[int, ...], batch: int, steps: int, segment: int = 0, second: bool = False) -> Callable:
-    policy, problem = Policy(), Problem(task(widths, batch), 0)
+def ours(
+    widths: tuple[int, ...], batch: int, steps: int, segment: int = 0, second: bool = False, compiled: bool = False
+) -> Callable:
+    policy, problem = Policy(), Problem(task(widths, batch), 0, compiled)
     weights, stream = policy.weights(), problem.batches()
     batches = [next(stream) for _ in range(steps + 1)]
 
@@ -112,12 +115,13 @@ def theirs(widths: tuple[int, ...], batch: int, steps: int, rule: str, second: b
     return run
 
 
-def speed(repeats: int, lengths: list[int]) -> list[dict[str, Any]]:
+def speed(repeats: int, lengths: list[int], compiled: bool) -> list[dict[str, Any]]:
     rows = []
     for name, (widths, batch) in NETWORKS.items():
         for steps in lengths:
             for second in (False, True):
-                runs = {"ours": ours(widths, batch, steps, second=second)}
+                runs = {"ours": ours(widths, batch, steps, second=second, compiled=compiled)}
+                runs["ours, eager"] = ours(widths, batch, steps, second=second)
                 runs |= {rule: theirs(widths, batch, steps, rule, second) for rule in ("same rule", "adam")}
                 seconds: dict[str, list[float]] = {which: [] for which in runs}
                 for repeat in range(repeats + 1):
@@ -129,7 +133,8 @@ def speed(repeats: int, lengths: list[int]) -> list[dict[str, Any]]:
                 rate = {which: steps / statistics.median(values) for which, values in seconds.items()}
                 rows.append({"network": name, "T": steps, "second order": second, "steps per second": rate})
                 print(
-                    f"{name}, T = {steps}, {'second' if second else 'first'} order: {rate['ours']:.0f} inner steps/s; "
+                    f"{name}, T = {steps}, {'second' if second else 'first'} order: {rate['ours']:.0f} inner steps/s, "
+                    f"{rate['ours, eager']:.0f} without a compiler; "
                     f"higher, same rule {rate['same rule']:.0f} ({rate['ours'] / rate['same rule']:.1f} times); "
                     f"higher, Adam {rate['adam']:.0f} ({rate['ours'] / rate['adam']:.2f} times)", flush=True,
                 )  # fmt: skip
@@ -180,6 +185,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[20, 100], help="T of the comparison of speed")
     parser.add_argument("--memory-lengths", type=int, nargs="+", default=[10, 20, 50, 100, 200])
     parser.add_argument("--million-steps", type=int, default=200, help="inner steps of a model of a million; 0: none")
+    parser.add_argument("--eager", action="store_true", help="do without a compiler")
     parser.add_argument("--peak", nargs=3, help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -188,7 +194,7 @@ def main() -> None:
         return
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"torch": torch.__version__, "memory": memory(args.out, args.memory_lengths)}
-    results["speed"] = speed(args.repeats, args.lengths)
+    results["speed"] = speed(args.repeats, args.lengths, not args.eager)
     if args.million_steps:
         size, segment = sum(p.numel() for p in network(MILLION[0]).parameters()), math.isqrt(args.million_steps)
         held = peak_mib("million", args.million_steps, segment)

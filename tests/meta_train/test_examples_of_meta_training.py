@@ -36,7 +36,7 @@ def test_the_articles_experiments_print_final_losses_and_draw_curves(tmp_path: P
 
 def test_the_benchmark_of_speed_and_memory_runs(tmp_path: Path) -> None:
     pytest.importorskip("higher")
-    options = ["--repeats", 1, "--lengths", 2, "--memory-lengths", 2, 4, "--million-steps", 0]
+    options = ["--eager", "--repeats", 1, "--lengths", 2, "--memory-lengths", 2, 4, "--million-steps", 0]
     run("benchmarks/meta_train_speed.py", "--out", tmp_path, *options, cwd=tmp_path)
     results = json.loads((tmp_path / "meta_train_speed.json").read_text(encoding="utf-8"))
     assert {row["T"] for row in results["speed"]} == {2}
