@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 from disks import fill, mounted, remount_read_only
+from small_runs import assert_whole, final_bytes, settings, train
 from small_tasks import Quadratic
 
 from learned_optim import Policy
 from learned_optim.hub import load_policy
 from learned_optim.meta_train import meta_train
 from learned_optim.meta_train.checkpoint import CURRENT, DAMAGED, PREVIOUS, RunFolder
-from runs import assert_whole, final_bytes, settings, train
 
 
 @pytest.fixture

@@ -12,12 +12,12 @@ import time
 
 import pytest
 import torch
+from small_runs import assert_whole, final_bytes, settings, train
 from small_tasks import Quadratic
 from support import assert_same_bits, copies, give_gradients, leaves, make
 
 from learned_optim.meta_train import meta_train, outer_loop
 from learned_optim.meta_train.checkpoint import CURRENT, read_metrics
-from runs import assert_whole, final_bytes, settings, train
 
 needs_fork = pytest.mark.skipif(not hasattr(os, "fork"), reason="a second run is forked")
 forks = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")

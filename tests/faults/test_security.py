@@ -15,13 +15,13 @@ import pytest
 import torch
 from hub_clients import ROOT, Clients, Finished
 from loopback_hub import Fault, LoopbackHub
+from small_runs import final_bytes, settings, train
 
 from learned_optim import LearnedOptimizer, Policy, artefact
 from learned_optim.errors import InvalidPolicyError, PolicyNotFoundError
 from learned_optim.filenames import CONFIG, LIMITS, RESULTS, WEIGHTS
 from learned_optim.hub import load_policy
 from learned_optim.meta_train.checkpoint import CURRENT, PREVIOUS, write_atomically
-from runs import final_bytes, settings, train
 
 #: Loads twice under the eyes of an audit hook: what runs and what is written counts the second time only, when the
 #: modules that are imported late are there; the connection to the Hub is made the first time and kept.

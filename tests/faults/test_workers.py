@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_runs import assert_whole, final_bytes
 
 from learned_optim.meta_train.checkpoint import read_metrics
-from runs import assert_whole, final_bytes
 
 ROOT = Path(__file__).parent.parent.parent
 
