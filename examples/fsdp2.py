@@ -70,6 +70,7 @@ def main() -> None:
         loss = train(*through_a_checkpoint(*run, name), range(steps // 2, steps))
         if dist.get_rank() == 0:
             print(f"{name}: training loss {loss:.4f} after {steps} steps, with a checkpoint half-way")
+    dist.barrier()  # who leaves first takes the connections of the others along
     dist.destroy_process_group()
 
 

@@ -188,6 +188,7 @@ def test_lr_may_be_any_number(lr):
         ({"policy": 3}, TypeError, "policy.*int"),
         ({"policy": None}, TypeError, "policy.*NoneType"),
         ({"policy": Policy(), "revision": "main"}, ValueError, "revision"),
+        ({"policy": "default", "revision": "main"}, ValueError, "revision=.main. was given"),
         ({"policy": "no-such-policy"}, ValueError, "no-such-policy.*default"),
         ({"policy": "./no/such/folder"}, FileNotFoundError, "no/such/folder"),
         ({"foreach": True}, TypeError, "foreach"),

@@ -219,6 +219,15 @@ def test_numbers_too_large_for_the_arithmetic_are_refused(tmp_path: Path) -> Non
         load_policy(put(seal(GOOD, eps=1.001e9), tmp_path))
 
 
+@pytest.mark.parametrize(("key", "value"), [("weights_sha256", None), ("results_sha256", 5), ("results_sha256", "ab")])
+def test_checksums_that_are_none_are_refused_as_such(key: str, value: object, tmp_path: Path) -> None:
+    values = {**json.loads(GOOD[CONFIG]), key: value}
+    values.pop("config_sha256")
+    values["config_sha256"] = artefact._checksum(values)
+    with pytest.raises(InvalidPolicyError, match=f"key '{key}' must hold 64 hexadecimal digits"):
+        load_policy(put({**GOOD, CONFIG: artefact._render(values)}, tmp_path))
+
+
 def test_fifty_megabytes_of_weights_are_refused_in_time(tmp_path: Path) -> None:
     # As many bytes as are read at all, once under a checksum that fits and once not.
     values, data = header(GOOD)

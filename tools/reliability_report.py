@@ -51,6 +51,7 @@ MUTATIONS = """
 `python tools/mutation_check.py --seed {seed}`: {planted} faults (a comparison, sign, number, condition or statement
 changed), drawn at random, planted one at a time in a copy; for each only the quick tests of that module are run, until
 the first one fails. {caught} of {planted} were noticed ({percent:.0f}%), in {minutes:.0f} minutes on one core.
+{mended}
 
 | module | planted | noticed | tests |
 |---|--:|--:|---|
@@ -79,13 +80,16 @@ def mutations(found: dict[str, Any]) -> str:
     caught = collections.Counter(f["module"] for f in found["faults"] if f["caught_by"])
     names = {m: ", ".join(f"`{Path(t).name}`" for t in tests) for m, tests in found["tests"].items()}
     modules = "\n".join(f"| `{m}` | {planted[m]} | {caught[m]} | {names[m]} |" for m in planted)
-    lines = ["Not noticed:\n"] if any(not f["caught_by"] for f in found["faults"]) else ["None went unnoticed.\n"]
+    lines = ["\nNot noticed:\n"] if any(not f["caught_by"] for f in found["faults"]) else ["\nNone went unnoticed.\n"]
     for fault in (f for f in found["faults"] if not f["caught_by"]):
         lines.append(f"- `{fault['module']}`, line {fault['line']}: `{fault['before']}`  ")
         lines.append(f"  became `{fault['after']}`.  ")
         lines.append(f"  {fault['why'] or 'A test is missing.'}")
     percent = 100 * found["caught"] / found["planted"]
-    return MUTATIONS.format(**found, percent=percent, modules=modules, survivors="\n".join(lines) + "\n")
+    mended = found["caught"] - found["planted"] + found.get("unnoticed_at_first", 0)
+    said = f"Tests for {mended} of them were written after the run and tried on the same faults." if mended > 0 else ""
+    said += f" {found['note']}" if "note" in found else ""
+    return MUTATIONS.format(**found, mended=said, percent=percent, modules=modules, survivors="\n".join(lines) + "\n")
 
 
 def main() -> int:
