@@ -51,21 +51,21 @@ def diagnostics(history: History, path: str | Path) -> Path:
             axes.plot(*zip(*points, strict=True), **style, marker="o" if len(points) < 3 else None,
                       label=names[i] if named else None)  # fmt: skip
 
-    draw(panels[0], lambda d: d["step_size"])
-    panels[0].set(title="Step size that the rule chose", ylabel="sum of weights, in units of lr")
-    _reference(panels[0], 1.0, "AdamW")
-    draw(panels[1], lambda d: d["update_to_adamw"])
-    panels[1].set(title="Update, compared with AdamW's at the same lr", ylabel="rms over AdamW's rms (estimate)")
-    _reference(panels[1], 1.0, "as large as AdamW's")
-    draw(panels[2], lambda d: d["rms_momentum"] / max(d["rms_gradient"], 1e-30))
-    panels[2].set(title="How much of the gradient is signal", ylabel="rms of momentum over rms of gradient")
-    _reference(panels[2], 1.0, "no noise")
-    draw(panels[3], lambda d: d["cosine_slow"])
-    panels[3].set(title="Gradient against previous momentum", ylabel="cosine (above 0: steps are small)")
-    _reference(panels[3], 0.0, "")
-    draw(panels[4], lambda d: d["rms_hidden_0"])
-    panels[4].set(title="Long average of the gradient (hidden unit 0)", ylabel="rms")
-    _reference(panels[4], 1.0, "the sign never changes")
+    lines: list[tuple[str, str, Callable[[Mapping[str, float]], float], float, str]] = [
+        ("Step size that the rule chose", "sum of weights, in units of lr", lambda d: d["step_size"], 1.0, "AdamW"),
+        ("Update, compared with AdamW's at the same lr", "rms over AdamW's rms (estimate)",
+         lambda d: d["update_to_adamw"], 1.0, "as large as AdamW's"),
+        ("How much of the gradient is signal", "rms of momentum over rms of gradient",
+         lambda d: d["rms_momentum"] / max(d["rms_gradient"], 1e-30), 1.0, "no noise"),
+        ("Gradient against previous momentum", "cosine (above 0: steps are small)",
+         lambda d: d["cosine_slow"], 0.0, ""),
+        ("Long average of the gradient (hidden unit 0)", "rms", lambda d: d["rms_hidden_0"], 1.0,
+         "the sign never changes"),
+    ]  # fmt: skip
+    for axes, (title, unit, value, level, meaning) in zip(panels[:5], lines, strict=True):
+        draw(axes, value)
+        axes.set(title=title, ylabel=unit)
+        _reference(axes, level, meaning)
     _mixture(panels[5], history)
     for axes in (*panels[:3], panels[4]):
         if any(y > 0.0 for line in axes.lines for y in line.get_ydata()):  # else matplotlib warns

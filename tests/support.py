@@ -127,3 +127,15 @@ def assert_unchanged(optimizer, before):
     assert state.keys() == before[1].keys()
     assert_same_bits(list(state.values()), list(before[1].values()))
     assert groups == before[2]
+
+
+def peak_bytes_of_a_step(optimizer):
+    """Most of the memory that a step allocates and has not yet freed, at any moment of it."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        optimizer.step()
+    live = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            live += event.nbytes()
+            peak = max(peak, live)
+    return peak

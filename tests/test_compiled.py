@@ -13,7 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make, random_policy, run
+from support import (
+    POLICIES,
+    assert_same_bits,
+    copies,
+    give_gradients,
+    leaves,
+    make,
+    peak_bytes_of_a_step,
+    random_policy,
+    run,
+)
 
 from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels
 
@@ -207,14 +217,7 @@ def test_a_step_takes_little_memory_besides_the_state():
     params = leaves((2000, 1000), *[(100, 100)] * 50, *[(n,) for n in range(1, 300)])
     optimizer = compile_(params)
     run(optimizer, params, 2)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        optimizer.step()
-    live = peak = 0
-    for event in profile.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            live += event.nbytes()
-            peak = max(peak, live)
-    assert 0 < peak < 0.05 * 24 * sum(p.numel() for p in params) + 16e6
+    assert 0 < peak_bytes_of_a_step(optimizer) < 0.05 * 24 * sum(p.numel() for p in params) + 16e6
 
 
 def test_a_copied_or_pickled_optimizer_goes_on_with_the_same_bits():
