@@ -35,7 +35,7 @@ check: $(VENV)/.test
 
 results: $(VENV)/.demo
 	$(PY) examples/demo.py --out docs --json docs/results/demo.json --tuned
-	$(PY) tools/measure_step.py docs/results/step.json
+	$(PY) -m learned_optim bench --suite step --threads 2 --out docs/step
 	$(PY) tools/measure_limits.py docs/results/limits.json
 	$(PY) tools/readme_tables.py
 

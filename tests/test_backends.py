@@ -138,9 +138,9 @@ class TestBench:
         assert all(0.0 < row["low"] <= row["median"] <= row["high"] for row in rows.values())
         assert round(rows["AdamW"]["bytes"]) == 8
         assert round(rows["ours, eager"]["bytes"]) == 24
-        assert "| ours, eager | 1 | 64 |" in (tmp_path / "step.md").read_text()
+        assert "| ours, eager | 1 | 64 |" in (tmp_path / "table.md").read_text()
         pytest.importorskip("matplotlib")
-        assert (tmp_path / "step_time.png").stat().st_size > 1000
+        assert (tmp_path / "plots" / "step_time.png").stat().st_size > 1000
 
     def test_its_gpt_has_76_tensors_and_12_6_million_parameters(self):
         with torch.device("meta"):

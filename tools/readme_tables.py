@@ -1,7 +1,8 @@
 """Fill the tables of README.md from docs/results/*.json: python tools/readme_tables.py [--check]
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and comes from ``docs/results/NAME.json``,
-whose key ``table`` maps optimizers to figures; ``quality`` comes from the bundled policy's ``results.json``.
+whose key ``table`` maps optimizers to figures; ``quality`` comes from the bundled policy's ``results.json``, ``step``
+from that of ``learned-optim bench --suite step --out docs/step``.
 ``--check`` changes nothing and fails if README.md is not current.
 """
 
@@ -46,15 +47,42 @@ def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {**table, "geometric mean": {**dict.fromkeys(next(iter(table.values())), ""), "speedup": f"{mean:.2f}"}}
 
 
+#: Sizes of one tensor that README.md shows, out of those that the bench measures.
+SHOWN = {10_000: "10,000", 1_000_000: "1 million", 8_000_000: "8 million", 100_000_000: "100 million"}
+
+
+def step(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """What a step costs on the CPU, in ns per parameter and in AdamW's; a GPT's training step; bytes of state."""
+    found = results["devices"]["cpu"]
+    columns: dict[str, dict[str, str]] = {}
+    for case in found["cases"]:
+        if case["tensors"] > 1 or case["parameters"] in SHOWN:
+            title = SHOWN.get(case["parameters"], f"GPT, {case['tensors']} tensors")
+            columns[title] = {n: f"{row['median']:.3g} ({row['ratio']:.2f})" for n, row in case["optimizers"].items()}
+    of_training = found["training"]["optimizers"]
+    columns["GPT, training step"] = {
+        name: f"{row['median']:.0f} ms ({row['ratio']:.2f})" for name, row in of_training.items()
+    }
+    of_all = found["cases"][-1]["optimizers"]
+    columns["bytes of state"] = {name: f"{row['bytes']:.0f}" for name, row in of_all.items()}
+    return {name: {title: column.get(name, "–") for title, column in columns.items()} for name in of_all}
+
+
 def filled(text: str, folder: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         if match[2] == "quality":
-            table = quality(json.loads((ROOT / "pretrained" / "default" / "results.json").read_text(encoding="utf-8")))
+            table = quality(_read(ROOT / "pretrained" / "default" / "results.json"))
+        elif match[2] == "step":
+            table = step(_read(ROOT / "docs" / "step" / "results.json"))
         else:
-            table = json.loads((folder / f"{match[2]}.json").read_text(encoding="utf-8"))["table"]
+            table = _read(folder / f"{match[2]}.json")["table"]
         return f"{match[1]}\n{markdown(table)}\n{match[3]}"
 
     return MARKED.sub(fill, text)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def main() -> int:

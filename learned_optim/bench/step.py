@@ -103,6 +103,8 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         pass
     found["ours, eager"] = lambda ps: LearnedOptimizer(ps, backend="eager")
     found["ours, compiled"] = lambda ps: LearnedOptimizer(ps, backend="compiled")
+    found["ours, safeguard"] = lambda ps: LearnedOptimizer(ps, backend="compiled", safeguard=True)
+    found["ours, bfloat16 state"] = lambda ps: LearnedOptimizer(ps, backend="compiled", state_dtype=torch.bfloat16)
     return found
 
 
@@ -229,7 +231,7 @@ def run(
     Args:
         sizes: parameters of the single tensors.
         repeats: steps of each optimizer that count.
-        out: folder for ``step.json``, ``step.md`` and ``step_time.png`` (the last needs matplotlib).
+        out: folder for ``results.json``, ``table.md`` and ``plots/step_time.png`` (the last needs matplotlib).
         threads: that torch computes with; 0 leaves its setting.
         model: also measure the GPT.
         progress: hears what is measured next.
@@ -250,11 +252,11 @@ def run(
     finally:
         torch.set_num_threads(before)
     if out is not None:
-        folder = Path(out)
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "step.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-        (folder / "step.md").write_text(table(result), encoding="utf-8")
-        draw(result, folder / "step_time.png")
+        plots = Path(out) / "plots"
+        plots.mkdir(parents=True, exist_ok=True)
+        (plots.parent / "results.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (plots.parent / "table.md").write_text(table(result), encoding="utf-8")
+        draw(result, plots / "step_time.png")
     return result
 
 

@@ -171,16 +171,19 @@ class ES:
     """Antithetic evolution strategies over whole trajectories, with common random numbers.
 
     Both runs of a pair see the same task, initial parameters and batches. What is compared is the log-loss, smoothed,
-    at half time and at the end, in units of the pair's own progress: a difference of log-losses over the slope of the
-    log-loss against the logarithm of time is a log-speedup, and alike for tasks of unlike losses. Each is clipped to
-    +-3, so that a divergence counts as slow and not as infinite.
+    at five times from a quarter of the run to its end, in units of the pair's own progress: a difference of log-losses
+    over the slope of the log-loss against the logarithm of time is a log-speedup, and alike for tasks of unlike losses.
+    Each is clipped to +-1: a divergence counts as slow and not as infinite, and a run whose loss has all but vanished,
+    so that chance decides by what factor, does not outvote the others.
 
     With ``meta_loss`` other than ``None``, that function of the losses L_1 .. L_T is compared instead.
     """
 
     #: Slope below which a task counts as standing still: its differences are not blown up beyond this.
     MIN_SLOPE = 0.1
-    BOUND = 3.0
+    BOUND = 1.0
+    #: When losses are compared, in parts of the run.
+    TIMES = (0.25, 0.35, 0.5, 0.7, 1.0)
 
     def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn | None = None) -> None:
         self.source, self.config, self.meta_loss = source, config, meta_loss
@@ -209,19 +212,17 @@ class ES:
     def log_slowness(cls, first: Curve, second: Curve) -> float:
         """By how much ``first`` is slower than ``second``, as a difference of the logarithms of time."""
         length = len(first.losses)
-        half, quarter = max(1, length // 2), max(1, length // 4)
-        logs = [[_log(smoothed(c.losses, end)) for end in (quarter, half, length)] for c in (first, second)]
         total = 0.0
-        for i in (1, 2):
-            finite = [row for row in logs if math.isfinite(row[i])]
-            drops = [(row[i - 1] - row[i]) / math.log(2.0) for row in finite if math.isfinite(row[i - 1])]
-            slope = max(sum(drops) / len(drops) if drops else 0.0, cls.MIN_SLOPE)
-            a, b = logs[0][i], logs[1][i]
-            value = (
-                0.0 if not finite else cls.BOUND * math.copysign(1.0, a - b) if len(finite) == 1 else (a - b) / slope
-            )
-            total += min(max(value, -cls.BOUND), cls.BOUND)
-        return total / 2
+        for time in cls.TIMES:
+            ends = [max(1, round(length * part)) for part in (time / 2, time)]
+            (a0, a), (b0, b) = ([_log(smoothed(curve.losses, end)) for end in ends] for curve in (first, second))
+            if math.isfinite(a) and math.isfinite(b):
+                drops = [drop / math.log(2.0) for drop in (a0 - a, b0 - b) if math.isfinite(drop)]
+                slope = max(sum(drops) / len(drops) if drops else 0.0, cls.MIN_SLOPE)
+                total += min(max((a - b) / slope, -cls.BOUND), cls.BOUND)
+            elif math.isfinite(a) or math.isfinite(b):
+                total += math.copysign(cls.BOUND, a - b)
+        return total / len(cls.TIMES)
 
 
 def _log(loss: float) -> float:

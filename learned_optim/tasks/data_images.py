@@ -73,6 +73,26 @@ def blobs(rng: torch.Generator, n: int, classes: int, size: int) -> Data:
     return _draw(place, size, ink=3.0, weight=present), labels
 
 
+def scenes(rng: torch.Generator, n: int, size: int) -> Tensor:
+    """Colour patches [n, 3, size, size] with the statistics of natural images, and no labels.
+
+    Amplitudes fall as 1/frequency (Field 1987), colours are mostly shades of grey, and contrast and brightness vary
+    from patch to patch, so that a few directions of pixel space hold nearly all of the variance.
+    """
+    window = 2 * size  # a patch is a part of its scene: no edge meets the opposite one
+    frequency = torch.fft.fftfreq(window)[:, None] ** 2 + torch.fft.rfftfreq(window)[None] ** 2
+    fall = frequency.clamp(min=window**-2.0) ** (-uniform(rng, 0.8, 1.5) / 2)
+    noise = torch.randn(n, 3, window, window, generator=rng)
+    field = torch.fft.irfft2(torch.fft.rfft2(noise) * fall, s=(window, window))[..., :size, :size]
+    field = field / field.std()
+    grey, saturation = field.mean(1, keepdim=True) * math.sqrt(3), uniform(rng, 0.1, 0.5)
+    contrast = (0.6 * torch.randn(n, 1, 1, 1, generator=rng)).exp()
+    brightness = 0.6 * torch.randn(n, 1, 1, 1, generator=rng)
+    return (0.5 + 0.2 * (brightness + contrast * (grey + saturation * (field - field.mean(1, keepdim=True))))).clamp_(
+        0, 1
+    )
+
+
 IMAGE_SOURCES: dict[str, Callable[..., Data]] = {
     "textures": textures,
     "shapes": shapes,

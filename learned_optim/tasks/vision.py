@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .base import ModuleTask, Task, TaskFamily
-from .data_images import IMAGE_SOURCES, preprocess, signals
+from .data_images import IMAGE_SOURCES, preprocess, scenes, signals
 from .nets import AutoEncoder, VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
 from .objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
 from .sampling import (
@@ -232,6 +232,26 @@ def autoencoder_images(rng: torch.Generator) -> Task:
     )
 
 
+def autoencoder_scenes(rng: torch.Generator) -> Task:
+    """Wide autoencoders, in runs long enough that what is left of the error is fine detail."""
+    size, batch_size, code = integer(rng, 8, 14), log_int(rng, 24, 128), log_int(rng, 8, 96)
+    style = random_style(rng, norms=("none", "none", "layer"), residual=0.0)
+    hidden, n, make_rng = hidden_widths(rng, 64, 320, (1, 3)), log_int(rng, 1000, 4000), spawn(rng)
+
+    def load() -> tuple[Data, Data]:
+        data_rng = make_rng()
+        return split((preprocess(scenes(data_rng, n, size), "standardised"),), data_rng)
+
+    length = run_length(rng, 300, 1200, 2 * batch_size * mlp_work([3 * size * size, *hidden, code]), seconds=5.0)
+    return dataset_task(
+        lambda: initialise(AutoEncoder(3 * size * size, hidden, code, style), style),
+        load,
+        reconstruction,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
 def vae_task(
     rng: torch.Generator,
     load: Callable[[], tuple[Data, Data]],
@@ -287,5 +307,8 @@ FAMILIES = (
     TaskFamily("resnet_images", "residual convolutional networks, mostly with BatchNorm", "train", resnet_images),
     TaskFamily("vit_images", "small vision transformers on textures and shapes", "train", vit_images),
     TaskFamily("autoencoder_images", "perceptron autoencoders of images", "train", autoencoder_images),
+    TaskFamily(
+        "autoencoder_scenes", "wide autoencoders of patches that vary as natural images do", "train", autoencoder_scenes
+    ),
     TaskFamily("vae_images", "variational autoencoders of images in [0, 1]", "train", vae_images),
 )

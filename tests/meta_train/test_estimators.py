@@ -98,7 +98,7 @@ def test_an_estimate_depends_on_slot_and_outer_step_alone():
 
 
 def test_a_diverged_run_counts_as_slow_and_not_as_infinite():
-    good, bad = Curve([2.0, 1.0, 0.5, 0.25], None), Curve([2.0, *[float("inf")] * 3], None)
+    good, bad = Curve([2.0 / (t + 1) for t in range(40)], None), Curve([2.0, *[float("inf")] * 39], None)
     assert ES.log_slowness(bad, good) == ES.BOUND
     assert ES.log_slowness(good, bad) == -ES.BOUND
     assert ES.log_slowness(bad, bad) == 0.0
