@@ -13,7 +13,7 @@ import importlib
 import re
 import shlex
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
 
 from tyro.conf import arg
 
@@ -53,7 +53,9 @@ def _fields() -> list[Any]:
         hints, own = get_type_hints(config), _texts(config)
         for field in dataclasses.fields(config):
             texts[field.name] = f"{texts.get(field.name, '')} ({suite}) {own.get(field.name, '')}".strip()
-            hint = Annotated[hints[field.name], arg(help=texts[field.name])]
+            optional = type(None) in get_args(hints[field.name])
+            metavar = "PATH" if optional else None  # tyro's own would be {None}|PATH
+            hint = Annotated[hints[field.name], arg(help=texts[field.name], metavar=metavar)]
             fields[field.name] = (field.name, hint, dataclasses.field(default=field.default))
     suites = Literal[tuple(SUITES)]  # pyright: ignore[reportInvalidTypeForm]
     return [

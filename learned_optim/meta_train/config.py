@@ -27,9 +27,9 @@ class MetaTrainConfig:
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
             random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
-        parts: parts of the policy that are learned; empty means all that it has. ``step_size`` is the row of the
-            tensor head that sets the step size: few numbers, which matter most, are found by ``es`` in a fraction of
-            the time.
+        parts: parts of the policy that are learned. ``step_size`` is the row of the tensor head that sets the step
+            size: few numbers, which matter most, are found by ``es`` in a fraction of the time. Empty means these for
+            ``es`` and ``pes`` where the cell is gated, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
@@ -134,6 +134,14 @@ class MetaTrainConfig:
         require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
+
+    def with_parts(self, cell: str) -> MetaTrainConfig:
+        """The same with ``parts`` spelt out, for a policy with this cell."""
+        if self.parts:
+            return self
+        few = self.estimator in ("es", "pes") and cell == "gated"
+        everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "step_size")
+        return dataclasses.replace(self, parts=("step_size",) if few else everything)
 
     @property
     def head_rows(self) -> int | None:

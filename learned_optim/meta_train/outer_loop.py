@@ -89,7 +89,9 @@ def meta_train(
     torch.set_num_threads(config.threads)
     try:
         with distributed.process_group():
-            run = _Run(config, families, validation, start or _start(config), meta_loss)
+            start = start or _start(config)
+            config = config.with_parts(start.config.cell)
+            run = _Run(config, families, validation, start, meta_loss)
             folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
             try:
                 return run.run(folder, resume, show_progress)
@@ -146,7 +148,7 @@ class _Run:
 
     def _learned_names(self) -> list[str]:
         present = self.policy.weights()
-        parts = self.config.parts or tuple(PARTS)
+        parts = self.config.parts
         names = list(dict.fromkeys(n for part in parts for n in PARTS[part] if n in present))
         if self.config.learn == "init":
             return ["init"]

@@ -115,6 +115,15 @@ def test_a_policy_is_fine_tuned_from_a_folder(tmp_path):
     assert second.last.fingerprint() == first.last.fingerprint()
 
 
+def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
+    assert settings(estimator="es").with_parts("gated").parts == ("step_size",)
+    assert settings(estimator="es").with_parts("gru").parts == ("tensor_head", "gates", "amplitude", "gru")
+    assert settings(estimator="backprop").with_parts("gated").parts == ("tensor_head", "gates", "amplitude", "gru")
+    last = train(settings()).last
+    assert last.head[0].abs().max() > 0
+    assert last.head[1:].abs().max() == 0
+
+
 def test_only_the_named_parts_are_learned():
     result = train(settings(parts=("amplitude",)))
     moved = {n for n, w in result.last.weights().items() if float(w.detach().abs().max()) > 0}
