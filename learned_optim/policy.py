@@ -36,7 +36,9 @@ CONTEXT = (
 
 #: Meta-parameters by the part of the rule they belong to: gradient estimators learn one part or several.
 PARTS = {
-    "step_size": ("head",),  # its first row only
+    "step_size": ("head",),  # in one direction of its outputs only, as the two that follow
+    "averaging": ("head",),
+    "agreement": ("head",),
     "tensor_head": ("head",),
     "gates": ("gate_context", "gate_features"),
     "amplitude": ("amplitude",),

@@ -12,7 +12,15 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Estimator = Literal["backprop", "es", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
-Part = Literal["step_size", "tensor_head", "gates", "amplitude", "gru"]
+Part = Literal["step_size", "averaging", "agreement", "tensor_head", "gates", "amplitude", "gru"]
+
+#: Parts of the tensor head, thirteen numbers each: in which direction they move its outputs, which are the logarithms
+#: of step size, weights of momentum and gradient, odds of the agreement gate, and weights of the hidden units.
+HEAD_DIRECTIONS: dict[str, tuple[float, ...]] = {
+    "step_size": (1.0,),
+    "averaging": (0.0, -1.0, -1.0, 0.0, 1.0),
+    "agreement": (0.0, 0.0, 0.0, 1.0),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,9 +35,10 @@ class MetaTrainConfig:
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
             random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
-        parts: parts of the policy that are learned. ``step_size`` is the row of the tensor head that sets the step
-            size: few numbers, which matter most, are found by ``es`` in a fraction of the time. Empty means these for
-            ``es`` and ``pes`` where the cell is gated, and all that the policy has otherwise.
+        parts: parts of the policy that are learned. Three are parts of the tensor head with few numbers, which ``es``
+            finds in a fraction of the time: ``step_size``, ``averaging`` (the long average against momentum and
+            gradient) and ``agreement``. Empty means ``step_size`` for ``es`` and ``pes`` where the cell is gated, and
+            all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
@@ -140,13 +149,15 @@ class MetaTrainConfig:
         if self.parts:
             return self
         few = self.estimator in ("es", "pes") and cell == "gated"
-        everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part != "step_size")
+        everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part not in HEAD_DIRECTIONS)
         return dataclasses.replace(self, parts=("step_size",) if few else everything)
 
     @property
-    def head_rows(self) -> int | None:
-        """How many rows of the tensor head are learned; ``None`` for all."""
-        return 1 if "step_size" in self.parts and "tensor_head" not in self.parts else None
+    def head_directions(self) -> tuple[tuple[float, ...], ...]:
+        """Directions in which the tensor head's outputs may move; none where all or nothing of it is learned."""
+        return (
+            () if "tensor_head" in self.parts else tuple(HEAD_DIRECTIONS[p] for p in self.parts if p in HEAD_DIRECTIONS)
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""

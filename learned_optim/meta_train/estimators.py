@@ -129,15 +129,19 @@ def perturbation(policy: Policy, learned: Sequence[str], config: MetaTrainConfig
     """Gaussian noise of deviation ``config.sigma`` for the learned weights, from the run's seed and counters."""
     rng = torch.Generator().manual_seed(seed_of("noise", config.seed, *counters))
     noise = {n: torch.randn(w.shape, generator=rng) * config.sigma for n, w in policy.weights().items() if n in learned}
-    return only_learned_rows(noise, config)
+    return within_parts(noise, config)
 
 
-def only_learned_rows(weights: Weights, config: MetaTrainConfig) -> Weights:
-    """Zeros in the rows of the tensor head that are not learned."""
-    if "head" in weights and config.head_rows is not None:
-        head = weights["head"].clone()
-        head[config.head_rows :] = 0.0
-        weights = {**weights, "head": head}
+def within_parts(weights: Weights, config: MetaTrainConfig) -> Weights:
+    """The part of ``weights`` that lies in the directions of the tensor head that are learned."""
+    if "head" in weights and config.head_directions:
+        head = weights["head"]
+        kept = torch.zeros_like(head)
+        for direction in config.head_directions:  # at right angles to each other
+            unit = torch.nn.functional.normalize(head.new_tensor(direction), dim=0)
+            unit = torch.nn.functional.pad(unit, (0, len(head) - len(unit))).unsqueeze(1)
+            kept += unit * (unit * head).sum(0)
+        weights = {**weights, "head": kept}
     return weights
 
 

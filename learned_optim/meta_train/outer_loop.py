@@ -19,8 +19,8 @@ from learned_optim.meta_train.estimators import (
     BackpropTruncated,
     Estimate,
     make_estimator,
-    only_learned_rows,
     with_weights,
+    within_parts,
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
@@ -221,7 +221,7 @@ class _Run:
         estimates = sorted(distributed.gather(estimates), key=lambda e: e.slot)
         for name in distributed.gather(failed):
             self.failures[name] = self.failures.get(name, 0) + 1
-        gradient = only_learned_rows(self.combiner(estimates, self.learned), config)
+        gradient = within_parts(self.combiner(estimates, self.learned), config)
         self._apply(gradient)
         self.inner_steps += sum(e.inner_steps for e in estimates)
         metrics: dict[str, Any] = {

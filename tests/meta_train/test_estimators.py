@@ -175,12 +175,15 @@ def test_meta_losses_are_what_they_say():
     assert float(META_LOSSES["log_ratio"](losses, 2.0)) == pytest.approx(0.0, abs=1e-6)
 
 
-def test_the_step_size_is_the_heads_first_row_and_nothing_else_moves():
-    config = MetaTrainConfig(outer_steps=2, parts=("step_size",), meta_batch=2, max_length=6, validate_every=0)
+@pytest.mark.parametrize(("part", "rows"), [("step_size", [0]), ("averaging", [1, 2, 4]), ("agreement", [3])])
+def test_a_part_of_the_head_moves_its_rows_and_nothing_else(part, rows):
+    config = MetaTrainConfig(outer_steps=2, parts=(part,), meta_batch=2, max_length=6, validate_every=0)
     for estimator in ("es", "backprop"):
         start = Policy()
         learned = meta_train(dataclasses.replace(config, estimator=estimator), [Quadratic()], start=start).policy
         moved = {name: (w - start.weights()[name]).detach() for name, w in learned.weights().items()}
-        assert bool((moved["head"][0] != 0).any())
-        assert not moved["head"][1:].any()
+        unmoved = part == "agreement" and not moved["head"].any()  # where nothing disagreed
+        assert unmoved or [row for row, values in enumerate(moved["head"]) if values.any()] == rows
         assert not any(w.any() for name, w in moved.items() if name != "head")
+        if part == "averaging":
+            torch.testing.assert_close(moved["head"][1], -moved["head"][4])
