@@ -125,7 +125,10 @@ def gru_cell(
 
 
 def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
-    """Rows of ``weights`` [R, I] times I planes [n] -> R planes; one product, or a chain where weights are numbers."""
+    """Rows of ``weights`` [R, I] times I planes [n] -> R planes; one product, or a chain where weights are numbers.
+
+    In a chain, terms whose weight is zero are left out.
+    """
     if isinstance(weights, Tensor) and not torch.compiler.is_compiling():
         stacked = torch.stack(planes)
         return list((weights.to(stacked.dtype) @ stacked).unbind())
@@ -135,9 +138,10 @@ def linear(weights: Tensor | Sequence, planes: list[Tensor]) -> list[Tensor]:
             stacked = torch.stack(planes)
             out.append(row.to(stacked.dtype) @ stacked)
             continue
-        total = row[0] * planes[0]
-        for i in range(1, len(planes)):
-            total = add_product(total, row[i], planes[i])
+        terms = [(w, x) for w, x in zip(row, planes, strict=True) if isinstance(w, Tensor) or w != 0.0]
+        total = torch.mul(terms[0][1], terms[0][0]) if terms else torch.zeros_like(planes[0])
+        for w, x in terms[1:]:
+            total = add_product(total, w, x)
         out.append(total)
     return out
 
