@@ -17,7 +17,7 @@ from learned_optim.meta_train.checkpoint import CURRENT, PREVIOUS
 
 def settings(**changes) -> MetaTrainConfig:
     base = {"outer_steps": 6, "meta_batch": 2, "max_length": 6, "validate_every": 3, "save_every": 2,
-            "inner_lr": 1e-2, "seed": 1}  # fmt: skip
+            "inner_lr": 1e-2, "seed": 1, "parts": ("tensor_head", "gates", "amplitude")}  # fmt: skip
     return MetaTrainConfig(**{**base, **changes})
 
 

@@ -18,7 +18,7 @@ from learned_optim.meta_train.checkpoint import RunFolder, read_metrics
 
 def settings(**changes):
     base = {"outer_steps": 6, "meta_batch": 2, "max_length": 12, "unroll_length": 5, "validate_every": 2,
-            "save_every": 2, "inner_lr": 1e-2, "seed": 1}  # fmt: skip
+            "save_every": 2, "inner_lr": 1e-2, "seed": 1, "parts": ("tensor_head", "gates", "amplitude")}  # fmt: skip
     return MetaTrainConfig(**{**base, **changes})
 
 
@@ -116,10 +116,15 @@ def test_a_policy_is_fine_tuned_from_a_folder(tmp_path):
 
 
 def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
-    assert settings(estimator="es").with_parts("gated").parts == ("step_size",)
-    assert settings(estimator="es").with_parts("gru").parts == ("tensor_head", "gates", "amplitude", "gru")
-    assert settings(estimator="backprop").with_parts("gated").parts == ("tensor_head", "gates", "amplitude", "gru")
-    last = train(settings()).last
+    assert settings(parts=(), estimator="es").with_parts("gated").parts == ("step_size",)
+    assert settings(parts=(), estimator="es").with_parts("gru").parts == ("tensor_head", "gates", "amplitude", "gru")
+    assert settings(parts=(), estimator="backprop").with_parts("gated").parts == (
+        "tensor_head",
+        "gates",
+        "amplitude",
+        "gru",
+    )
+    last = train(settings(parts=())).last
     assert last.head[0].abs().max() > 0
     assert last.head[1:].abs().max() == 0
 
