@@ -87,6 +87,12 @@ def test_a_policy_without_results_is_not_evaluated(results: dict[str, Any] | Non
         assert word not in card
 
 
+def test_a_summary_without_a_table_of_tasks_counts_as_measured() -> None:
+    card = model_card(Policy(), {"evaluation": {"summary": {"perplexity": 2.0}}})
+    assert "- measured as said above only" in card
+    assert "nothing was measured" not in card
+
+
 @pytest.mark.parametrize("key", ["license", "datasets", "training", "notes"])
 def test_what_is_not_in_the_results_is_not_in_the_card(key: str) -> None:
     less = {k: v for k, v in RESULTS.items() if k != key}
