@@ -300,6 +300,11 @@ def table(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+_VARIANTS = ("ours, safeguard", "ours, bfloat16 state")
+_COLOURS = {"ours, compiled": "#D55E00", "ours, eager": "#E69F00", "ours, safeguard": "#000000",
+            "ours, bfloat16 state": "#CC79A7"}  # fmt: skip
+
+
 def draw(result: dict[str, Any], path: Path) -> Path | None:
     """Nanoseconds per parameter against the size of one tensor; ``None`` without matplotlib."""
     try:
@@ -307,7 +312,7 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
     except ImportError:
         return None
     devices = result["devices"]
-    figure = Figure(figsize=(6.0 * len(devices), 4.2), layout="constrained")
+    figure = Figure(figsize=(6.0 * len(devices) + 1.5, 4.2), layout="constrained")
     for axes, (device, found) in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
         for case in sorted(found["cases"], key=lambda c: c["parameters"]):
@@ -316,11 +321,11 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
         for name, points in lines.items():
             ours = name.startswith("ours")
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, linewidth=2.5 if ours else 1.2,
-                      color={"ours, compiled": "#D55E00", "ours, eager": "#E69F00"}.get(name))  # fmt: skip
+                      color=_COLOURS.get(name), linestyle=":" if name in _VARIANTS else "-")  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="parameters of one tensor", ylabel="ns per parameter and step",
                  title=f"{device}, {result['threads']} threads" if device == "cpu" else device)  # fmt: skip
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
     return path
 
