@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
+from learned_optim.balance import Squares, rows_and_columns
 from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.coordinates import Segments, Whole
 from learned_optim.features import TensorSums
-from learned_optim.policy import Policy
+from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.rounding import rounded_state
 from learned_optim.waves import Head, copy_all
 
@@ -45,6 +46,7 @@ class Job(NamedTuple):
     shape: torch.Size  #: of the whole parameter, of which the tensors may be a shard
     place: tuple[int, int]  #: number of the parameter's group, and of the parameter in it
     trust: Tensor | None = None  #: 0-d, where there is a safeguard
+    origin: tuple[int, int] = (0, 0)  #: row and column of the whole parameter at which a shard begins
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -78,18 +80,23 @@ class Unit(Protocol):
 
     jobs: list[Job]
 
-    def measure(self) -> TensorSums:
-        """The sums of each job, [len(jobs)] each, in float64."""
+    def measure(self, squares: Squares | None) -> TensorSums:
+        """The sums of each job, [len(jobs)] each, in float64; those of rows and columns are added to ``squares``."""
         ...
 
-    def apply(self, values: Tensor) -> None:
-        """Write the update, given the coefficients [C, len(jobs)]."""
+    def apply(self, values: Tensor, shares: Squares | None) -> None:
+        """Write the update, given the coefficients [C, len(jobs)] and the shares of rows and columns, if wanted."""
         ...
 
 
 def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything of lower precision."""
     return torch.promote_types(dtype, torch.float32)
+
+
+def is_balanced(config: PolicyConfig, job: Job) -> bool:
+    """Whether rows and columns of this tensor are balanced."""
+    return config.balance > 0.0 and rows_and_columns(job.shape) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -137,18 +144,24 @@ class _Large:
         self.dtype = arithmetic_dtype(job.param.dtype)
         self.layout = _whole(job.param.shape, job.param.device)
         self.now = update_rule.step_numbers(job.step, job.hyper)
-        self.flat = Flat(job)
+        self.flat = Flat(job, is_balanced(backend.head.config, job))
 
-    def measure(self) -> TensorSums:
-        parts = [update_rule.measure(self.layout, *self._inputs(chunk), self.now) for chunk in self._chunks()]
+    def measure(self, squares: Squares | None) -> TensorSums:
+        parts = []
+        for number, chunk in enumerate(self._chunks()):
+            sums, mixture = update_rule.measure(self.backend.head.config, self.layout, *self._inputs(chunk), self.now)
+            parts.append(sums)
+            if mixture is not None and squares is not None:
+                squares.add(self.jobs[0], mixture, number * CHUNK)
         return TensorSums(*(torch.stack(s).double().sum(0) for s in zip(*parts, strict=True)))
 
-    def apply(self, values: Tensor) -> None:
-        backend = self.backend
-        coeff = update_rule.spread_coefficients(backend.head.config, self.layout, values, self.dtype)
-        for chunk in self._chunks():
+    def apply(self, values: Tensor, shares: Squares | None) -> None:
+        backend, config = self.backend, self.backend.head.config
+        coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
+        for number, chunk in enumerate(self._chunks()):
             p, g, state = self._inputs(chunk)
-            p, state = update_rule.apply(backend.numbers, backend.head.config, coeff, p, g, state, self.now)
+            factor = shares and shares.factor(self.jobs[0], number * CHUNK, len(p), self.dtype)
+            p, state = update_rule.apply(backend.numbers, config, coeff, p, g, state, self.now, factor=factor)
             state = rounded_state(state, [t.dtype for t in chunk[2:]])
             copy_all([chunk[0], *chunk[2:]], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         self.flat.write_back()
@@ -177,13 +190,21 @@ class _Batch:
         p, g, m, v, *h = vectors.unbind()
         self.inputs = p, g, CoordinateState(m, v, tuple(h))
 
-    def measure(self) -> TensorSums:
-        return TensorSums(*(s.double() for s in update_rule.measure(self.layout, *self.inputs, self.now)))
+    def measure(self, squares: Squares | None) -> TensorSums:
+        sums, mixture = update_rule.measure(self.backend.head.config, self.layout, *self.inputs, self.now)
+        if mixture is not None and squares is not None:
+            for job, piece in zip(self.jobs, mixture.split(self.layout.sizes), strict=True):
+                squares.add(job, piece[: job.param.numel()])
+        return TensorSums(*(s.double() for s in sums))
 
-    def apply(self, values: Tensor) -> None:
-        backend = self.backend
-        coeff = update_rule.spread_coefficients(backend.head.config, self.layout, values, self.dtype)
-        p, state = update_rule.apply(backend.numbers, backend.head.config, coeff, *self.inputs, self.now)
+    def apply(self, values: Tensor, shares: Squares | None) -> None:
+        backend, config = self.backend, self.backend.head.config
+        coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
+        factor = None
+        if shares is not None:
+            factor = torch.ones(sum(self.layout.sizes), dtype=self.dtype, device=self.jobs[0].param.device)
+            shares.write(self.jobs, factor.split(self.layout.sizes))
+        p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now, factor=factor)
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
         targets = zip(*((job.param, *job.planes) for job in self.jobs), strict=True)
         for vector, old in zip((p, state.exp_avg, state.exp_avg_sq, *state.hidden), targets, strict=True):
@@ -213,13 +234,15 @@ def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
 class Flat:
     """A job's tensors as vectors, all in one order of coordinates.
 
-    Tensors that are dense and share their strides (contiguous, channels_last, transposed) are seen through views of
-    their memory. Otherwise they are copied, and :meth:`write_back` copies what has changed back.
+    With ``in_order`` that is the order of their indices. Tensors that are contiguous, or else dense and of the same
+    strides (channels_last, transposed), are seen through views of their memory. Others are copied, and
+    :meth:`write_back` copies what has changed back.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, in_order: bool = False) -> None:
         self.job = job
-        self.copied = not _share_order(job.tensors)
+        contiguous = all(t.is_contiguous() for t in job.tensors)
+        self.copied = not (contiguous or (not in_order and _share_order(job.tensors)))
         self.tensors = tuple(t.contiguous() for t in job.tensors) if self.copied else job.tensors
 
     @property
@@ -242,8 +265,6 @@ class Flat:
 
 def _share_order(tensors: tuple[Tensor, ...]) -> bool:
     """Whether the tensors' memory holds the same coordinates in the same order, without gaps."""
-    if all(t.is_contiguous() for t in tensors):
-        return True
     return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
 
 

@@ -54,6 +54,10 @@ class CoordinateState(NamedTuple):
     hidden: tuple[Tensor, ...]
 
 
+#: Number of the first hidden unit's weight in :class:`Coefficients`.
+FIRST_HIDDEN = 8
+
+
 class Coefficients(NamedTuple):
     """A tensor's numbers for one step, spread over its coordinates."""
 
@@ -64,6 +68,7 @@ class Coefficients(NamedTuple):
     inverse_rms_h: Spread
     inverse_rms_u: Spread
     inverse_rms_p: Spread
+    balancing: Spread  #: how much of it is done, in [0, 1]
     hidden: Sequence[Spread]  #: s w_j
     rates: Sequence[Spread]  #: rate_j(t) f(C_j . c)
 

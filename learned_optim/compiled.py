@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
 
 import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.backends import Backend, EagerBackend, Flat, Job, Unit
+from learned_optim.backends import Backend, EagerBackend, Flat, Job, Unit, is_balanced
+from learned_optim.balance import Squares
 from learned_optim.features import TensorSums
 from learned_optim.kernels import WIDTH, CompilationError, Kernels, Kind, find_compiler, flat_weights, kernels
 from learned_optim.policy import Policy
@@ -19,6 +21,10 @@ from learned_optim.waves import COPIED, Head, copy_all
 #: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
 #: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
 WORTH_COMPILING = 1_000_000
+
+
+#: Rows that are run at once where rows and columns are balanced: what that needs besides is 4 MB then.
+PART = 2048
 
 
 class CompiledBackend:
@@ -55,7 +61,7 @@ class CompiledBackend:
         """Views of the job's tensors; those of the last step, where the tensors are the same but for the gradient."""
         views = self._views.get(id(job.param))
         if views is None or not views.take(job):
-            views = _Views(job)
+            views = _Views(job, is_balanced(self.head.config, job))
             if not views.flat.copied:
                 self._views[id(job.param)] = views
         return views
@@ -85,8 +91,8 @@ class CompiledBackend:
 class _Views:
     """A job's tensors as the rows that the kernels run over in place, and the rest that is copied."""
 
-    def __init__(self, job: Job) -> None:
-        self.flat = flat = Flat(job)
+    def __init__(self, job: Job, in_order: bool) -> None:
+        self.flat = flat = Flat(job, in_order)
         self.rows, self.rest = _split(job.param.numel())
         self.in_place = flat.piece(0, self.rows, WIDTH) if self.rows else []
         self.tail = flat.piece(self.rows * WIDTH, self.rest) if self.rest else []
@@ -162,6 +168,7 @@ class _Rows:
         self.jobs = [one.flat.job for one in views]
         first = self.jobs[0]
         self.kernels = backend.kernels(first)
+        self.balanced = backend.head.config.balance > 0.0
         device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
         self.plan = plan = _plan(tuple(job.param.numel() for job in self.jobs), device)
         self.pieces = [views[k].in_place for k, _ in plan.in_place]
@@ -176,25 +183,65 @@ class _Rows:
         numbers = torch.tensor([kinds[job.step, job.hyper] for job in self.jobs], dtype=dtype, device=device)
         self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
 
-    def measure(self) -> TensorSums:
+    def measure(self, squares: Squares | None) -> TensorSums:
         plan, measure = self.plan, self.kernels.measure
-        sums = [measure([*planes[:5], now])[0] for planes, now in zip(self.pieces, self.numbers, strict=True)]
+        sums: list[Tensor] = []
+        for piece, first, (*planes, now) in self._parts(self.numbers):
+            found, *mixture = measure([*planes[:5], now])
+            sums.append(found)
+            if squares is not None:
+                for job, start, part in self._owners(piece, first, mixture[0]):
+                    squares.add(job, part, start)
         by_piece = torch.segment_reduce(torch.cat(sums, 1).double().T.contiguous(), "sum", lengths=plan.lengths, axis=0)
         by_job = by_piece.new_zeros(len(self.jobs), by_piece.shape[1]).index_add_(0, plan.owners, by_piece)
         return TensorSums(*by_job.T.unbind())
 
-    def apply(self, values: Tensor) -> None:
+    def apply(self, values: Tensor, shares: Squares | None) -> None:
         by_job = values.T.to(self.numbers[0].dtype).contiguous()
         coefficients = by_job.index_select(0, self.plan.owner_of_row)
         weights = self.backend.weights(coefficients)
-        for planes, now, c in zip(self.pieces, self.numbers, coefficients.split(self.plan.pieces), strict=True):
-            self.kernels.apply([*planes, now, c, weights])
+        split = coefficients.split(self.plan.pieces)
+        for piece, first, (*planes, now, c) in self._parts(self.numbers, split):
+            factor = [self._factor(shares, piece, first, now)] if self.balanced else []
+            self.kernels.apply([*planes, *factor, now, c, weights])
         if self.plan.copied:
             for i, (places, tails) in enumerate(zip(self.places, self.tails, strict=True)):
                 if i != 1:  # the gradient stays
                     copy_all(tails, places)
         for one in self.views:
             one.finish()
+
+    def _parts(self, *more: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
+        """Number of a piece, its first row, and its planes and what is given besides; cut where rows are balanced."""
+        for number, tensors in enumerate(zip(self.pieces, *more, strict=True)):
+            planes: list[Tensor] = [*tensors[0], *tensors[1:]]
+            rows = len(planes[0])
+            starts = range(0, max(rows - 1, 1), PART) if self.balanced else (0,)  # no part of a single row
+            for first, last in itertools.pairwise((*starts, rows)):
+                yield number, first, planes if last - first == rows else [t[first:last] for t in planes]
+
+    def _owners(self, piece: int, first: int, plane: Tensor) -> Iterator[tuple[Job, int, Tensor]]:
+        """Jobs with coordinates in the rows of a piece from ``first`` on: where they begin, and a vector of them."""
+        if piece < len(self.plan.in_place):
+            yield self.jobs[self.plan.in_place[piece][0]], first * WIDTH, plane.reshape(-1)
+            return
+        for (k, size), place in zip(self.plan.copied, self._places(plane), strict=True):
+            yield self.jobs[k], self.jobs[k].param.numel() - size, place
+
+    def _factor(self, shares: Squares | None, piece: int, first: int, like: Tensor) -> Tensor:
+        """r_i c_j, 1 where there are none, in as many rows as ``like`` has."""
+        if shares is not None and piece < len(self.plan.in_place):
+            job = self.jobs[self.plan.in_place[piece][0]]
+            factor = shares.factor(job, first * WIDTH, len(like) * WIDTH, like.dtype)
+            if factor is not None:
+                return factor.view(-1, WIDTH)
+        plane = like.new_ones(len(like), WIDTH)
+        if shares is not None and piece >= len(self.plan.in_place):
+            for job, start, place in self._owners(piece, 0, plane):
+                factor = shares.factor(job, start, len(place), like.dtype)
+                if factor is not None:
+                    place.copy_(factor)
+        return plane
 
     def _places(self, plane: Tensor) -> list[Tensor]:
         """The copied coordinates of each tensor in a plane of rows."""

@@ -44,6 +44,16 @@ class Shapes(Protocol):
 class Layout(Shapes, Protocol):
     """K tensors in a vector of n coordinates."""
 
+    @property
+    def shapes(self) -> Sequence[Sequence[int]]:
+        """Of the tensors."""
+        ...
+
+    @property
+    def sizes(self) -> list[int]:
+        """Coordinates of each tensor in the vector, padding included."""
+        ...
+
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         """[n], [n] -> [K]: sums of products over each tensor."""
         ...
@@ -67,6 +77,7 @@ class Whole:
 
     def __init__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> None:
         context = tensor_shape_context(shape)
+        self.shapes, self.sizes = [shape], [math.prod(shape)]
         self.numel = torch.tensor([float(max(math.prod(shape), 1))], dtype=torch.float64, device=device)
         self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).unsqueeze(1)
 
@@ -94,6 +105,7 @@ class Segments:
 
     def __init__(self, shapes: Sequence[Sequence[int]], align: int = 1, device: torch.device | str = "cpu") -> None:
         sizes = [math.prod(shape) for shape in shapes]
+        self.shapes = shapes
         self.sizes = [-(-size // align) * align for size in sizes]
         self._parts = [n for size, padded in zip(sizes, self.sizes, strict=True) for n in (size, padded - size)]
         self.numel = torch.tensor([float(max(s, 1)) for s in sizes], dtype=torch.float64, device=device)

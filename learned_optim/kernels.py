@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim import cells, clamps, coordinates, features, rounding, update_rule
+from learned_optim import balance, cells, clamps, coordinates, features, rounding, update_rule
 from learned_optim.cells import CoordinateState, StepNumbers
 from learned_optim.coordinates import Spread
 from learned_optim.policy import PolicyConfig, expected_shapes
@@ -57,9 +57,11 @@ class Kind(NamedTuple):
 class Kernels(NamedTuple):
     """The two passes over R rows. Planes are [R, WIDTH], contiguous; ``numbers`` is [R, 8], see :class:`StepNumbers`.
 
-    ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R].
+    ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R], and where rows and
+    columns are balanced the base mixture, [R, WIDTH].
     ``apply([param, grad, *planes, numbers, coefficients, weights])`` writes the update into its first arguments;
-    ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`.
+    ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`. Where rows and columns are balanced the factor of
+    each coordinate, [R, WIDTH], comes before ``numbers``.
     """
 
     measure: Kernel
@@ -70,6 +72,8 @@ class Rows:
     """A layout (see :mod:`learned_optim.coordinates`) in which every row of [R, WIDTH] is a tensor of its own."""
 
     numel = shape_context = torch.empty(0)
+    shapes: Sequence[Sequence[int]] = ()
+    sizes: list[int] = []  # noqa: RUF012  (a constant)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return (x * y).sum(1)
@@ -100,7 +104,8 @@ class _Measure(torch.nn.Module):
     def forward(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         p, g, m, v, h = (t.to(self.kind.arithmetic) for t in (p, g, m, v, h))
         now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
-        return (torch.stack(update_rule.measure(Rows(), p, g, CoordinateState(m, v, (h,)), now)),)
+        sums, mixture = update_rule.measure(self.kind.config, Rows(), p, g, CoordinateState(m, v, (h,)), now)
+        return (torch.stack(sums),) if mixture is None else (torch.stack(sums), mixture)
 
 
 class _Apply(torch.nn.Module):
@@ -111,13 +116,15 @@ class _Apply(torch.nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         config, dtype = self.kind.config, self.kind.arithmetic
         (*planes, numbers, coefficients, flat) = inputs
+        factor = planes.pop() if config.balance else None
         p, g, m, v, *h = (t.to(dtype) for t in planes)
         shapes = cell_shapes(config)
         pieces = flat.split([math.prod(shape) for shape in shapes.values()])
         weights = {name: _nested(w, shape) for (name, shape), w in zip(shapes.items(), pieces, strict=True)}
         now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
         coeff = update_rule.spread_coefficients(config, Rows(), coefficients.T, dtype)
-        p, state = update_rule.apply(weights, config, coeff, p, g, CoordinateState(m, v, tuple(h)), now)
+        state = CoordinateState(m, v, tuple(h))
+        p, state = update_rule.apply(weights, config, coeff, p, g, state, now, factor=factor)
         state = rounding.rounded_state(state, self.kind.dtypes[2:])
         for old, new in zip((planes[0], *planes[2:]), (p, state.exp_avg, state.exp_avg_sq, *state.hidden), strict=True):
             old.copy_(new)
@@ -143,10 +150,11 @@ def kernels(kind: Kind) -> Kernels:
 
 @cache
 def _made(kind: Kind) -> Kernels | CompilationError:
-    units = 7 + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
+    units = cells.FIRST_HIDDEN + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
     rows = 4096  # an example's; enough that the compiler expects work for several threads
     planes = [torch.empty(rows, WIDTH, dtype=dtype, device=kind.device) for dtype in kind.dtypes]
     numbers = torch.empty(rows, 8, dtype=kind.arithmetic, device=kind.device)
+    factor = [numbers.new_empty(rows, WIDTH)] if kind.config.balance else []
     coefficients = numbers.new_empty(rows, units)
     weights = numbers.new_empty(sum(math.prod(s) for s in cell_shapes(kind.config).values()))
     make = _ahead_of_time if kind.device == "cpu" else _just_in_time
@@ -155,7 +163,7 @@ def _made(kind: Kind) -> Kernels | CompilationError:
             warnings.simplefilter("ignore")
             return Kernels(
                 make(_Measure(kind), [*planes[:5], numbers], 6),
-                make(_Apply(kind), [*planes, numbers, coefficients, weights], len(planes) + 2),
+                make(_Apply(kind), [*planes, *factor, numbers, coefficients, weights], len(planes) + len(factor) + 2),
             )
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -220,7 +228,7 @@ def _options() -> dict[str, Any]:
 def _key(module: torch.nn.Module) -> str:
     """Equal if and only if the kernel is: of torch, of the machine, of the rule's source, and of the kind."""
     kind: Any = module.kind
-    sources = [inspect.getsource(m) for m in (update_rule, cells, clamps, features, coordinates, rounding)]
+    sources = [inspect.getsource(m) for m in (update_rule, balance, cells, clamps, features, coordinates, rounding)]
     parts = [
         torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
         str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,

@@ -17,7 +17,7 @@ from learned_optim.compiled import make_backend
 from learned_optim.diagnostics import of_records
 from learned_optim.policy import Policy
 from learned_optim.saved_state import AsSaved, checked
-from learned_optim.sharding import find_shards, gradient_as, local
+from learned_optim.sharding import find_shards, gradient_as, local, origin, real_shape
 from learned_optim.waves import Record, run, run_shards
 
 if TYPE_CHECKING:
@@ -214,9 +214,9 @@ class LearnedOptimizer(Optimizer):
         jobs = [self._job((g, i), p, hypers[g], self.param_groups[g]["maximize"]) for (g, i), p in with_grad]
         self._records = []
         for some in shards:
-            shares = [job for job in jobs if job.place in some.columns]
-            self._records += run_shards(self._backend, shares, some.columns, some.device, some.add_up)
-        self._records += run(self._backend, [j for j in jobs if not any(j.place in some.columns for some in shards)])
+            shares = [job for job in jobs if job.place in some.shapes]
+            self._records += run_shards(self._backend, shares, some.shapes, some.device, some.add_up)
+        self._records += run(self._backend, [j for j in jobs if not any(j.place in some.shapes for some in shards)])
         return loss
 
     def _job(self, place: tuple[int, int], p: Tensor, hyper: Hyperparameters, maximize: bool) -> Job:
@@ -234,15 +234,16 @@ class LearnedOptimizer(Optimizer):
         if grad is None:
             raise RuntimeError("a parameter without gradient cannot be updated")
         tensors = [local(t) for t in (p, gradient_as(p, grad), *(state[key] for key in self._plane_keys()))]
-        shape = p.shape
         if p.is_complex():
             tensors = [torch.view_as_real(t.resolve_conj()) for t in tensors]
-            shape = torch.Size((*shape, 2))
         if maximize:
             tensors[1] = -tensors[1]
         cosine = (state["cosine_fast"], state["cosine_slow"])
-        return Job(tensors[0], tensors[1], tuple(tensors[2:]), cosine, float(state["step"]), hyper, shape, place,
-                   state["trust"] if self.safeguard else None)  # fmt: skip
+        trust = state["trust"] if self.safeguard else None
+        begins = origin(p) if self.policy.config.balance else (0, 0)
+        param, grad, *planes = tensors
+        step, shape = float(state["step"]), real_shape(p)
+        return Job(param, grad, tuple(planes), cosine, step, hyper, shape, place, trust, begins)
 
     def _plane_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import CommitInfo
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 #: Per-coordinate inputs of the recurrent cell; all are even in (gradient, parameter).
 FEATURES = ("abs_b", "abs_h", "abs_u", "b_h", "u_b", "u_h", "p_b")
@@ -71,6 +71,9 @@ class PolicyConfig:
         gate_bound: a coordinate's features change its gates by at most this factor, each way; a tensor's context
             by at most this factor again.
         amplitude_bound: a coordinate's features change its amplitude by at most this factor, each way.
+        balance: exponent of the balancing of rows and columns, see :mod:`learned_optim.balance`; 0 does without.
+        balance_floor: of a row's, or a column's, mean square, relative to the mean of all, before the exponent.
+        balance_bound: balancing changes a coordinate's step by at most this factor, each way.
         feature_bound: features are clamped to [-feature_bound, feature_bound].
         cosine_decays: decays of the fast and the slow average of the cosine between gradient and momentum.
         features: names of the cell's inputs, in the order of its weights.
@@ -98,6 +101,9 @@ class PolicyConfig:
     head_bound: float = 3.0
     gate_bound: float = 4.0
     amplitude_bound: float = 1.5
+    balance: float = 0.0
+    balance_floor: float = 0.3
+    balance_bound: float = 8.0
     feature_bound: float = 4.0
     cosine_decays: tuple[float, float] = (0.8, 0.98)
     features: tuple[str, ...] = FEATURES
@@ -132,7 +138,9 @@ class PolicyConfig:
         require(self.step_scale > 0.0, "step_scale", "positive")
         require(0.0 <= self.agreement <= 1.0, "agreement", "in [0, 1]")
         require(0.0 < self.head_bound <= 10.0, "head_bound", "in (0, 10]")
-        for name in ("gate_bound", "amplitude_bound"):
+        require(0.0 <= self.balance <= 1.0, "balance", "in [0, 1]")
+        require(0.0 <= self.balance_floor <= 100.0, "balance_floor", "in [0, 100]")
+        for name in ("gate_bound", "amplitude_bound", "balance_bound"):
             require(1.0 <= getattr(self, name) <= 100.0, name, "in [1, 100]")
         for name in ("feature_bound", "context_bound"):
             require(0.0 < getattr(self, name) <= 100.0, name, "in (0, 100]")
@@ -183,6 +191,8 @@ class PolicyConfig:
                 f"made for policy format {version}, this learned_optim reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U learned-optim`"
             )
+        if version == 1:  # had no balancing
+            values = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0, **values, "format_version": 2}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
         if missing or unknown:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from learned_optim.cells import FIRST_HIDDEN
 from learned_optim.policy import PolicyConfig
 
 #: Trust gained in a step on certain evidence ...
@@ -39,7 +40,7 @@ def guarded(
 
     Returns:
         Coefficients [C, K] and the new trust [K]. With trust 0 they are AdamW's: momentum alone, no amplitude, no
-        agreement gate. Features are scaled by the trust, so that amplitude and gates fade with it.
+        agreement gate, no balancing. Features are scaled by the trust, so that amplitude and gates fade with it.
     """
     # The cosine of n coordinates of noise is about 1/sqrt(n), its average over some steps half of that.
     evidence = (0.5 * cosine[0] * numel.sqrt()).clamp(-1.0, 1.0)
@@ -47,9 +48,10 @@ def guarded(
     moved = trust + torch.where(evidence > 0.0, GAIN, LOSS) * evidence - DECAY
     trust = torch.nan_to_num(moved, nan=0.0).clamp(0.0, 1.0)
     part = (trust - DOUBT).clamp(min=0.0) / (1.0 - DOUBT)
-    last = 7 + len(config.hidden_weights)
-    weights = torch.cat((values[:2], values[7:last]))
+    last = FIRST_HIDDEN + len(config.hidden_weights)
+    weights = torch.cat((values[:2], values[FIRST_HIDDEN:last]))
     weights = weights * (MAX_SIZE / weights.sum(0).clamp(min=MAX_SIZE)) * part
     momentum = weights[:1] + (1.0 - part)
     disagreeing = 1.0 - part * (1.0 - values[2:3])
-    return torch.cat((momentum, weights[1:2], disagreeing, values[3:7] * part, weights[2:], values[last:])), trust
+    faded = values[3:FIRST_HIDDEN] * part
+    return torch.cat((momentum, weights[1:2], disagreeing, faded, weights[2:], values[last:])), trust

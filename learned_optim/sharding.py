@@ -1,11 +1,13 @@
 """Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
 
-The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor, which
-one all-reduce adds up for all tensors of a step. Replicated tensors need none: every process has all of them.
+The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor and,
+where rows and columns are balanced, one for each of these, which one all-reduce adds up for all tensors of a step.
+Replicated tensors need none: every process has all of them.
 """
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -22,7 +24,7 @@ class Shards(NamedTuple):
 
     mesh: DeviceMesh
     dims: tuple[int, ...]  #: of the mesh, over which the parameters are cut
-    columns: dict[tuple[int, int], int]  #: group and number in it -> number among these parameters
+    shapes: dict[tuple[int, int], torch.Size]  #: by group and number in it, of the whole parameters
     device: torch.device
 
     def add_up(self, sums: Tensor) -> None:
@@ -47,7 +49,7 @@ def find_shards(groups: Iterable[dict[str, Any]]) -> list[Shards]:
         dims = tuple(i for i, s in enumerate(p.placements) if not s.is_replicate() and mesh.size(i) > 1)
         if dims:
             shards = found.setdefault((mesh, dims), Shards(mesh, dims, {}, local(p).device))
-            shards.columns[place] = len(shards.columns)
+            shards.shapes[place] = real_shape(p)
     return list(found.values())
 
 
@@ -57,6 +59,29 @@ def is_dtensor(tensor: Tensor) -> bool:
         return False
     module = sys.modules.get("torch.distributed.tensor")  # a second to import: where nobody has, there are none
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def real_shape(p: Tensor) -> torch.Size:
+    """The shape of a parameter seen as real numbers."""
+    return torch.Size((*p.shape, 2)) if p.is_complex() else p.shape
+
+
+def origin(p: Tensor) -> tuple[int, int]:
+    """Row and column of the whole parameter at which the part begins that is here; columns are all but dimension 0.
+
+    Raises:
+        RuntimeError: a parameter that is cut along its third dimension or a later one.
+    """
+    if not is_dtensor(p) or p.ndim == 0:
+        return 0, 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # pyright: ignore
+    if shape[2:] != tuple(p.shape[2:]):
+        raise RuntimeError(f"a parameter of shape {tuple(p.shape)} was cut along a later dimension than 0 and 1")
+    if 0 in shape:
+        return 0, 0
+    return offset[0], 0 if p.ndim == 1 else offset[1] * math.prod(real_shape(p)[2:])
 
 
 def local(tensor: Tensor) -> Tensor:

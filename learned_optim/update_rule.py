@@ -10,6 +10,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     h_j = h_j + z_j (u - h_j)                                                        THE HIDDEN STATE
     d  = s (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                                  mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                agreement
+    d  = d r_i c_j  in row i and column j of a matrix                                balance, where it is wanted
     p' = p - lr weight_decay p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
@@ -25,7 +26,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from learned_optim import balance
 from learned_optim.cells import (
+    FIRST_HIDDEN,
     Coefficients,
     CoordinateState,
     Hyperparameters,
@@ -51,10 +54,16 @@ def directions(grad: Tensor, state: CoordinateState, now: StepNumbers) -> tuple[
     return m, v, grad * inverse, m * (inverse * (1.0 / now.bias_correction1)), state.exp_avg * inverse
 
 
-def measure(layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, now: StepNumbers) -> TensorSums:
-    """First pass: the sums over each tensor that its context and its features are made of."""
+def measure(
+    config: PolicyConfig, layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, now: StepNumbers
+) -> tuple[TensorSums, Tensor | None]:
+    """First pass: the sums over each tensor that its context and its features are made of.
+
+    Where the policy balances, also the base mixture [n] whose squares say by how much.
+    """
     _, _, u, b, r = directions(grad, state, now)
-    return tensor_sums(layout, u, b, state.hidden[0], param, r)
+    mixture = balance.base_mixture(config, u, b, state.hidden[0]) if config.balance else None
+    return tensor_sums(layout, u, b, state.hidden[0], param, r), mixture
 
 
 def coefficients(
@@ -87,7 +96,7 @@ def coefficients(
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)
 
     inverse = 1.0 / torch.stack((stats.rms_b, stats.rms_h, stats.rms_u, stats.rms_p)).clamp(min=1e-20)
-    rows = [*mixture[:2], disagreeing, *inverse, *mixture[2:]]
+    rows = [*mixture[:2], disagreeing, *inverse, torch.ones_like(scale), *mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
@@ -107,8 +116,8 @@ def spread_coefficients(config: PolicyConfig, layout: Layout, values: Tensor, dt
 
 def named_coefficients(config: PolicyConfig, rows: Sequence[Spread]) -> Coefficients:
     """The C rows that :func:`coefficients` returns, by name."""
-    mixed = 7 + len(config.hidden_weights)
-    return Coefficients(*rows[:7], hidden=rows[7:mixed], rates=rows[mixed:])  # pyright: ignore[reportCallIssue]
+    first, last = FIRST_HIDDEN, FIRST_HIDDEN + len(config.hidden_weights)
+    return Coefficients(*rows[:first], hidden=rows[first:last], rates=rows[last:])  # pyright: ignore[reportCallIssue]
 
 
 def apply(
@@ -120,8 +129,11 @@ def apply(
     state: CoordinateState,
     now: StepNumbers,
     fixed_scale: Layout | None = None,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, CoordinateState]:
     """Second pass: new parameters and state planes, coordinate by coordinate.
+
+    ``factor`` is r_i c_j of each coordinate, where rows and columns are balanced.
 
     With a layout as ``fixed_scale`` the rms of d over each tensor is a constant to back-propagation (its value is
     unchanged): meta-training through short windows then cannot learn step sizes, which it would choose too small.
@@ -137,6 +149,9 @@ def apply(
     cell = gated_cell if config.cell == "gated" else gru_cell
     hidden, d = cell(weights, config, coeff, x, u, b, state.hidden, now)
     d = torch.where(d * u < 0.0, d * coeff.disagreeing, d)
+    if factor is not None:
+        bound = config.balance_bound
+        d = d * (1.0 + coeff.balancing * (clamp_positive(factor, 1.0 / bound, bound) - 1.0))
     if fixed_scale is not None:
         square = fixed_scale.inner(d, d).clamp(min=1e-30)
         (ratio,) = fixed_scale.spread((square.detach() / square).sqrt().unsqueeze(0))
@@ -157,6 +172,7 @@ def update(
     hyper: Hyperparameters,
     *,
     fixed_scale: bool = False,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, CoordinateState, Tensor]:
     """One update of K tensors laid out in vectors of n coordinates.
 
@@ -171,16 +187,31 @@ def update(
         step: t >= 1, the number of this update.
         hyper: what the user sets.
         fixed_scale: see :func:`apply`.
+        factor: what :func:`balance_factor` returns, [n], where the caller has it already.
 
     Returns:
         New parameters, state planes and cosines; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
-    sums = measure(layout, param, grad, state, now)
+    sums, mixture = measure(config, layout, param, grad, state, now)
+    if mixture is not None and factor is None:
+        factor = balance_factor(config, layout, mixture)
     values, cosine = coefficients(weights, config, layout, sums, cosine, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
-    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=layout if fixed_scale else None)
+    scaled = layout if fixed_scale else None
+    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled, factor=factor)
     return param, state, cosine
+
+
+def balance_factor(config: PolicyConfig, layout: Layout, mixture: Tensor) -> Tensor | None:
+    """r_i c_j of every coordinate, [n], from the base mixture [n]; ``None`` where no tensor has rows and columns."""
+    lengths = balance.lengths_of(layout.shapes)
+    if not lengths:
+        return None
+    pieces = zip(mixture.split(layout.sizes), layout.shapes, strict=True)
+    sums = torch.cat([part for piece, shape in pieces for part in balance.squares_of(piece, shape)])
+    parts = balance.shares(config, sums, lengths).to(mixture.dtype).split(lengths)
+    return balance.whole_products(parts, layout.shapes, layout.sizes)
 
 
 def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> tuple[CoordinateState, Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
+from learned_optim.balance import Squares
 from learned_optim.cells import Hyperparameters
 from learned_optim.coordinates import tensor_shape_context
 from learned_optim.features import TensorSums
@@ -119,17 +120,20 @@ def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
 
 
 def _run_wave(head: Head, wave: list[Unit]) -> Record:
-    sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure() for unit in wave), strict=True)))
-    values, record = head([job for unit in wave for job in unit.jobs], sums)
+    jobs = [job for unit in wave for job in unit.jobs]
+    squares = Squares.wanted(head.config, {job.place: job.shape for job in jobs}, jobs, jobs[0].param.device)
+    sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure(squares) for unit in wave), strict=True)))
+    values, record = head(jobs, sums)
+    shares = squares and squares.shares(head.config)
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
-        unit.apply(columns)
+        unit.apply(columns, shares)
     return record
 
 
 def run_shards(
     backend: Backend,
     jobs: list[Job],
-    columns: dict[tuple[int, int], int],
+    shapes: dict[tuple[int, int], torch.Size],
     device: torch.device,
     add_up: Callable[[Tensor], None],
 ) -> Iterator[Record]:
@@ -140,23 +144,30 @@ def run_shards(
     Args:
         backend: makes the units.
         jobs: shards, empty ones among them: their per-tensor numbers are those of the whole tensor all the same.
-        columns: a place in the sums for each of the parameters that may have a job, the same in all processes.
+        shapes: of the whole parameters that may have a job, the same in all processes and in the same order.
         device: of the shards.
-        add_up: adds the other processes' sums, [7, len(columns)] in float64, in place. Called once, whatever the jobs.
+        add_up: adds the other processes' sums, a vector in float64, in place. Called once, whatever the jobs.
     """
+    columns = {place: number for number, place in enumerate(shapes)}
+    squares = Squares.wanted(backend.head.config, shapes, jobs, device)
     sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=device)
     kept: list[Unit] = []
     copied = 0
     for unit, size in backend.units(jobs):
-        sums[:, [columns[job.place] for job in unit.jobs]] = torch.stack(unit.measure())
+        sums[:, [columns[job.place] for job in unit.jobs]] = torch.stack(unit.measure(squares))
         copied += size
         if copied <= COPIED:
             kept.append(unit)
-    add_up(sums)
+    both = torch.cat((sums.view(-1), sums.new_empty(0) if squares is None else squares.vector))
+    add_up(both)
     if not jobs:
         return
+    sums.view(-1).copy_(both[: sums.numel()])
+    if squares is not None:
+        squares.vector.copy_(both[sums.numel() :])
+    shares = squares and squares.shares(backend.head.config)
     values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
     position = {job.place: i for i, job in enumerate(jobs)}
     for unit in kept if copied <= COPIED else (unit for unit, _ in backend.units(jobs)):
-        unit.apply(values[:, [position[job.place] for job in unit.jobs]])
+        unit.apply(values[:, [position[job.place] for job in unit.jobs]], shares)
     yield record

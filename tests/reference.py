@@ -70,6 +70,7 @@ class ReferenceTensor:
         scale, weight_b, weight_u, kappa, weight_h = self.head(context)
         rates = self.rates(context)
 
+        factors = self.factors(u, b, h1)
         new_p = []
         for i in range(n):
             x = self.features(b[i], rms(b), h1[i], rms(h1), u[i], rms(u), p[i], rms(p))
@@ -89,8 +90,32 @@ class ReferenceTensor:
                 d = scale * amplitude * (weight_b * b[i] * of_b + weight_u * u[i] * of_u)
             if d * u[i] < 0.0:
                 d *= 1.0 - kappa
+            d *= factors[i]
             new_p.append(p[i] - lr * weight_decay * p[i] - lr * d)
         return new_p
+
+    def factors(self, u, b, h1):
+        """By what each coordinate's step is multiplied to balance rows and columns."""
+        config, n = self.config, len(u)
+        rows = self.shape[0] if len(self.shape) >= 2 else 1
+        if not config.balance or rows < 2 or n // rows < 2:
+            return [1.0] * n
+        columns = n // rows
+        weight_h = config.hidden_weights[0] if config.hidden_weights else 0.0
+        e = [config.momentum_weight * b[i] + config.gradient_weight * u[i] + weight_h * h1[i] for i in range(n)]
+        of_row = [sum(e[i * columns + j] ** 2 for j in range(columns)) for i in range(rows)]
+        of_column = [sum(e[i * columns + j] ** 2 for i in range(rows)) for j in range(columns)]
+
+        def shares(sums):
+            mean = sum(sums) / len(sums)
+            x = [s / mean if mean > 0.0 else 1.0 for s in sums]
+            y = [((value + config.balance_floor) / (1.0 + config.balance_floor)) ** -config.balance for value in x]
+            scale = math.sqrt(sum(a * b**2 for a, b in zip(x, y, strict=True)) / len(x))
+            return [value / scale for value in y]
+
+        r, c = shares(of_row), shares(of_column)
+        bound = config.balance_bound
+        return [clamp(r[i // columns] * c[i % columns], 1.0 / bound, bound) for i in range(n)]
 
     def context(self, p, u, b, r, h1):
         """The 13 inputs of the tensor head."""

@@ -26,10 +26,13 @@ from support import (
 )
 
 from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels
+from learned_optim.compiled import PART
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="needs a C++ compiler")
 
 W = kernels.WIDTH
+#: With and without balancing of rows and columns, which are kernels of their own.
+BOTH = ("random", "balanced")
 #: 0-d, empty, tiny, a whole row, rows and a rest, several dimensions.
 SHAPES = [(), (0,), (3,), (W,), (2 * W,), (W + 7,), (3 * W + 5,), (40, 130), (8, 3, 3, 3), (64, 128)]
 
@@ -44,8 +47,9 @@ def cache(tmp_path_factory):
             patch.setenv("TORCHINDUCTOR_CACHE_DIR", str(shared / "inductor"))
         with open(shared / "inductor.lock", "w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            params = leaves((W,))
-            run(compile_(params), params, 1)
+            for policy in BOTH:
+                params = leaves((W,))
+                run(compile_(params, policy), params, 1)
         yield os.environ["TORCHINDUCTOR_CACHE_DIR"]
 
 
@@ -63,10 +67,11 @@ def no_compilation(monkeypatch):
     monkeypatch.setattr(kernels, "_ahead_of_time", refuse)
 
 
-def test_compiled_and_eager_agree_on_all_shapes():
+@pytest.mark.parametrize("policy", BOTH)
+def test_compiled_and_eager_agree_on_all_shapes(policy):
     plain = leaves(*SHAPES)
     params = copies(plain)
-    optimizers = make(plain), compile_(params)
+    optimizers = make(plain, policy), compile_(params, policy)
     for optimizer, ps in zip(optimizers, (plain, params), strict=True):
         run(optimizer, ps, 5)
     for a, b in zip(params, plain, strict=True):
@@ -78,41 +83,56 @@ def test_compiled_and_eager_agree_on_all_shapes():
 @pytest.mark.parametrize(
     "layout", [lambda p: p.t(), lambda p: p[:, ::2], lambda p: p[1:, 3:]], ids=["transposed", "strided", "cut"]
 )
-def test_compiled_and_eager_agree_on_tensors_with_other_strides(layout):
+@pytest.mark.parametrize("policy", BOTH)
+def test_compiled_and_eager_agree_on_tensors_with_other_strides(layout, policy):
     plain = [layout(torch.randn(48, 120, generator=torch.Generator().manual_seed(0))).requires_grad_()]
     params = copies(plain)
     params[0].data = torch.empty_strided(plain[0].shape, plain[0].stride()).copy_(plain[0].detach())
-    for optimizer, ps in ((make(plain), plain), (compile_(params), params)):
+    for optimizer, ps in ((make(plain, policy), plain), (compile_(params, policy), params)):
         run(optimizer, ps, 3)
     torch.testing.assert_close(params[0], plain[0], rtol=2e-5, atol=2e-6)
 
 
-def test_compiled_and_eager_agree_on_channels_last_tensors():
+@pytest.mark.parametrize("policy", BOTH)
+def test_compiled_and_eager_agree_on_matrices_of_many_parts(policy):
+    """More rows of the kernels than are run at once where rows and columns are balanced, and one row left over."""
+    plain = leaves((3, (2 * PART * W + W) // 3 + 1), (1000, 777))
+    params = copies(plain)
+    for optimizer, ps in ((make(plain, policy), plain), (compile_(params, policy), params)):
+        run(optimizer, ps, 2)
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("policy", BOTH)
+def test_compiled_and_eager_agree_on_channels_last_tensors(policy):
     plain = [leaves((16, 8, 5, 5))[0].detach().to(memory_format=torch.channels_last).requires_grad_()]
     params = copies(plain)
-    for optimizer, ps in ((make(plain), plain), (compile_(params), params)):
+    for optimizer, ps in ((make(plain, policy), plain), (compile_(params, policy), params)):
         run(optimizer, ps, 3)
     assert params[0].is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(params[0], plain[0], rtol=2e-5, atol=2e-6)
 
 
-def test_compiled_and_eager_agree_on_complex_tensors():
+@pytest.mark.parametrize("policy", BOTH)
+def test_compiled_and_eager_agree_on_complex_tensors(policy):
     plain = [torch.randn(30, 40, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).requires_grad_()]
     params = copies(plain)
-    for optimizer, ps in ((make(plain), plain), (compile_(params), params)):
+    for optimizer, ps in ((make(plain, policy), plain), (compile_(params, policy), params)):
         run(optimizer, ps, 3)
     torch.testing.assert_close(params[0], plain[0], rtol=2e-5, atol=2e-6)
 
 
-def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their_order():
+@pytest.mark.parametrize("policy", BOTH)
+def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their_order(policy):
     together, alone = leaves(*SHAPES), leaves(*SHAPES)
-    run(compile_(together), together, 3)
+    run(compile_(together, policy), together, 3)
     order = list(reversed(range(len(SHAPES))))
     reordered = leaves(*SHAPES)
     grouped = compile_(
-        [{"params": [reordered[i]]} for i in order[:4]] + [{"params": [reordered[i] for i in order[4:]]}]
+        [{"params": [reordered[i]]} for i in order[:4]] + [{"params": [reordered[i] for i in order[4:]]}], policy
     )
-    separate = [compile_([p]) for p in alone]
+    separate = [compile_([p], policy) for p in alone]
     for step in range(3):
         for params, optimizers in ((alone, separate), (reordered, [grouped])):
             give_gradients(params, step)
@@ -123,10 +143,11 @@ def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_gradient_that_is_not_finite_leaves_other_tensors_alone(bad):
+@pytest.mark.parametrize("policy", BOTH)
+def test_a_gradient_that_is_not_finite_leaves_other_tensors_alone(bad, policy):
     clean, dirty = leaves(*SHAPES), leaves(*SHAPES)
-    run(compile_(clean), clean, 2)
-    optimizer = compile_(dirty)
+    run(compile_(clean, policy), clean, 2)
+    optimizer = compile_(dirty, policy)
     for step in range(2):
         give_gradients(dirty, step)
         for i in (2, 6):

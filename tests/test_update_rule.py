@@ -100,6 +100,8 @@ def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed)
         {"feature_bound": 0.5, "context_bound": 0.2, "head_bound": 0.1},
         {"gate_bound": 1.0, "amplitude_bound": 1.0},
         {"cosine_decays": (0.0, 0.5)},
+        {"balance": 0.25},
+        {"balance": 1.0, "balance_floor": 0.0, "balance_bound": 1.2},
     ],
 )
 def test_every_field_of_the_configuration_means_what_the_transcription_says(changes):

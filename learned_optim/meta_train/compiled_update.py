@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.balance import base_mixture
+from learned_optim.cells import CoordinateState, Hyperparameters, step_numbers
 from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.problem import ROW
 from learned_optim.policy import PolicyConfig
-from learned_optim.update_rule import update
+from learned_optim.update_rule import balance_factor, directions, update
 
 
 class _RowSegments:
@@ -28,6 +29,9 @@ class _RowSegments:
         numel: [K].
         shape_context: [4, K].
     """
+
+    shapes: Sequence[Sequence[int]] = ()
+    sizes: list[int] = []  # noqa: RUF012  (not of use here: what depends on them is done outside)
 
     def __init__(self, owner: Tensor, numel: Tensor, shape_context: Tensor) -> None:
         self.owner, self.numel, self.shape_context = owner, numel, shape_context
@@ -68,7 +72,8 @@ def compiled_update(
         planes = [t if i in constants else _tracked(t) for i, t in enumerate(planes)]
         cosine = _tracked(cosine)
     owner = layout.owner[::ROW].contiguous()
-    for t in (*planes, owner, layout.numel):
+    factor = _factor(config, layout, planes, step, hyper)
+    for t in (*planes, *factor, owner, layout.numel):
         torch._dynamo.maybe_mark_dynamic(t, 0)
     for t in (cosine, layout.shape_context):
         torch._dynamo.maybe_mark_dynamic(t, 1)
@@ -77,8 +82,22 @@ def compiled_update(
     run = _compiled(config, fixed_scale)
     names, values = tuple(weights), tuple(weights.values())
     shapes = layout.numel, layout.shape_context
-    (param, m, v, *hidden), cosine = run(names, values, planes, cosine, owner, *shapes, numbers)
+    (param, m, v, *hidden), cosine = run(names, values, planes, cosine, owner, *shapes, numbers, factor)
     return param, CoordinateState(m, v, tuple(hidden)), cosine
+
+
+def _factor(
+    config: PolicyConfig, layout: Segments, planes: list[Tensor], step: Spread, hyper: Hyperparameters
+) -> list[Tensor]:
+    """What balances rows and columns, where any are; not compiled, since it depends on every tensor's shape."""
+    if not config.balance:
+        return []
+    _, grad, m, v, h, *_ = planes
+    _, _, u, b, _ = directions(grad, CoordinateState(m, v, (h,)), step_numbers(step, hyper))
+    factor = balance_factor(config, layout, base_mixture(config, u, b, h))
+    if factor is None:
+        factor = torch.ones_like(grad)
+    return [_tracked(factor) if torch.is_grad_enabled() else factor]
 
 
 def _tracked(t: Tensor) -> Tensor:
@@ -101,6 +120,7 @@ def _on_rows(
     numel: Tensor,
     shape_context: Tensor,
     numbers: list[Tensor],
+    factor: list[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
     param, grad, m, v, *hidden = (t.view(-1, ROW) for t in planes)
     step, *hyper = numbers
@@ -108,6 +128,7 @@ def _on_rows(
     param, state, cosine = update(
         dict(zip(names, values, strict=True)), config, layout, param, grad, CoordinateState(m, v, tuple(hidden)),
         cosine, step, Hyperparameters(*hyper), fixed_scale=fixed_scale,
+        factor=factor[0].view(-1, ROW) if factor else None,
     )  # fmt: skip
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
     return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], cosine

@@ -12,6 +12,7 @@ from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.tasks import FAMILIES
 from learned_optim.update_rule import initial_state, update
 
+BALANCED = PolicyConfig(balance=0.5, balance_floor=0.1, balance_bound=2.0)
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
 
 
@@ -37,13 +38,13 @@ def one_step(policy, optimizer, problem, params, buffers, batch):
     optimizer.step()
 
 
-def assert_unroll_equals_steps(task, steps, lockstep, dtype=torch.float32, tolerance=1e-4):
+def assert_unroll_equals_steps(task, steps, lockstep, dtype=torch.float32, tolerance=1e-4, config=None):
     """``lockstep``: the optimizer's parameters are set to the unroll's before every step.
 
     A bias in front of a BatchNorm has a gradient of nothing but rounding errors, which Adam's normalisation blows up:
     free runs of such networks drift apart in single precision, whoever computes them.
     """
-    policy = policy_of(PolicyConfig(), dtype)
+    policy = policy_of(config or PolicyConfig(), dtype)
     problem = Problem(task, seed=5)
     state = problem.start(policy.config)
     params = {n: t.clone().requires_grad_() for n, t in problem.views(state.params).items()}
@@ -67,9 +68,10 @@ def assert_unroll_equals_steps(task, steps, lockstep, dtype=torch.float32, toler
         torch.testing.assert_close(value, buffers[name], rtol=tolerance, atol=tolerance)
 
 
+@pytest.mark.parametrize("config", [None, BALANCED], ids=["gated", "balanced"])
 @pytest.mark.parametrize("module", [None, Tied, normalised], ids=["plain", "tied", "batchnorm"])
-def test_unrolled_steps_are_the_optimizers_steps(module):
-    assert_unroll_equals_steps(regression(torch.float64, module), 10, False, torch.float64, 1e-6)
+def test_unrolled_steps_are_the_optimizers_steps(module, config):
+    assert_unroll_equals_steps(regression(torch.float64, module), 10, False, torch.float64, 1e-6, config)
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))
@@ -87,7 +89,7 @@ def meta_gradient(policy, task, options, steps=7, loss=lambda losses: losses.log
     return value.detach(), dict(zip(weights, grads, strict=True))
 
 
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru()], ids=["gated", "gru"])
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), BALANCED], ids=["gated", "gru", "balanced"])
 @pytest.mark.parametrize(
     ("module", "held_out"), [(None, False), (None, True), (Tied, False), (Tied, True), (normalised, False)]
 )
@@ -136,7 +138,7 @@ def slow_first_order(policy, task, steps=7):
     return value.detach(), dict(zip(weights, grads, strict=True))
 
 
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru()], ids=["gated", "gru"])
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), BALANCED], ids=["gated", "gru", "balanced"])
 @pytest.mark.parametrize("module", [None, Tied, normalised], ids=["plain", "tied", "batchnorm"])
 def test_first_order_meta_gradients_equal_a_slow_implementation(config, module):
     policy, task = policy_of(config), regression(torch.float64, module=module)
