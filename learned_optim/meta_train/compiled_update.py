@@ -6,6 +6,7 @@ belongs to one tensor. One compilation serves tasks of every shape; inductor kee
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, partial
 from typing import Any
@@ -82,7 +83,10 @@ def compiled_update(
     run = _compiled(config, fixed_scale)
     names, values = tuple(weights), tuple(weights.values())
     shapes = layout.numel, layout.shape_context
-    (param, m, v, *hidden), cosine = run(names, values, planes, cosine, owner, *shapes, numbers, factor)
+    with warnings.catch_warnings():
+        # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
+        warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
+        (param, m, v, *hidden), cosine = run(names, values, planes, cosine, owner, *shapes, numbers, factor)
     return param, CoordinateState(m, v, tuple(hidden)), cosine
 
 

@@ -177,15 +177,14 @@ class ES:
     Both runs of a pair see the same task, initial parameters and batches. What is compared is the log-loss, smoothed,
     at five times from a quarter of the run to its end, in units of the pair's own progress: a difference of log-losses
     over the slope of the log-loss against the logarithm of time is a log-speedup, and alike for tasks of unlike losses.
-    Each is clipped to +-1: a divergence counts as slow and not as infinite, and a run whose loss has all but vanished,
-    so that chance decides by what factor, does not outvote the others.
+    Each is clipped to +-3, so that a divergence counts as slow and not as infinite.
 
     With ``meta_loss`` other than ``None``, that function of the losses L_1 .. L_T is compared instead.
     """
 
     #: Slope below which a task counts as standing still: its differences are not blown up beyond this.
     MIN_SLOPE = 0.1
-    BOUND = 1.0
+    BOUND = 3.0
     #: When losses are compared, in parts of the run.
     TIMES = (0.25, 0.35, 0.5, 0.7, 1.0)
 

@@ -37,8 +37,9 @@ def meta_gradient(policy, width, compiled, lr=HYPER.lr):
     "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
 )  # torch's own, while it compiles
 @pytest.mark.skipif(find_compiler("cpu") is None, reason="no C++ compiler")
-def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once():
-    policy = Policy()
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig(balance=0.5)], ids=["gated", "balanced"])
+def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
+    policy = Policy(config)
     with torch.no_grad():
         for w in policy.parameters():
             w.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(1))
