@@ -148,8 +148,18 @@ def test_with_the_default_eps_the_scale_of_the_loss_hardly_matters(policy, seed,
 
 @given(policies, seeds)
 def test_permuting_coordinates_permutes_the_update(policy, seed):
+    """Any coordinates; where rows and columns are balanced, whole rows and, at each place in them, what follows."""
     starts, grads = problem(seed, dtype=torch.float64)
-    orders = [torch.randperm(s.numel(), generator=torch.Generator().manual_seed(seed)) for s in starts]
+    generator = torch.Generator().manual_seed(seed)
+
+    def order_of(t):
+        if not policy.config.balance or t.ndim < 2:
+            return torch.randperm(t.numel(), generator=generator)
+        rows = torch.randperm(t.shape[0], generator=generator)
+        columns = torch.randperm(t[0].numel(), generator=generator)
+        return (rows[:, None] * len(columns) + columns).flatten()
+
+    orders = [order_of(s) for s in starts]
 
     def permuted(tensors):
         return [t.reshape(-1)[order].reshape(t.shape) for t, order in zip(tensors, orders, strict=True)]

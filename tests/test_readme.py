@@ -65,4 +65,4 @@ def test_the_tables_are_those_of_the_results_files() -> None:
     done = subprocess.run([sys.executable, str(ROOT / "tools" / "readme_tables.py"), "--check"], check=False)
     assert done.returncode == 0, "run: python tools/readme_tables.py"
     for name in re.findall(r"<!-- results:(\w+) -->", README):
-        assert name == "quality" or (ROOT / "docs" / "results" / f"{name}.json").is_file()
+        assert name in ("quality", "step") or (ROOT / "docs" / "results" / f"{name}.json").is_file()

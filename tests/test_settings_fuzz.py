@@ -104,3 +104,10 @@ def test_a_configuration_that_is_accepted_makes_a_policy(changed):
     except ValueError:
         return
     assert Policy(config).weights()
+
+
+def test_a_configuration_of_the_first_format_has_no_balancing():
+    first = {k: v for k, v in PolicyConfig(balance=0.5).to_dict().items() if not k.startswith("balance")}
+    assert PolicyConfig.from_dict({**first, "format_version": 1}) == PolicyConfig(balance=0.0)
+    with pytest.raises(ValueError, match=r"missing keys .*balance"):
+        PolicyConfig.from_dict(first)
