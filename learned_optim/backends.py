@@ -149,10 +149,10 @@ class _Large:
     def measure(self, squares: Squares | None) -> TensorSums:
         parts = []
         for number, chunk in enumerate(self._chunks()):
-            sums, mixture = update_rule.measure(self.backend.head.config, self.layout, *self._inputs(chunk), self.now)
+            sums, square = update_rule.measure(self.backend.head.config, self.layout, *self._inputs(chunk), self.now)
             parts.append(sums)
-            if mixture is not None and squares is not None:
-                squares.add(self.jobs[0], mixture, number * CHUNK)
+            if square is not None and squares is not None:
+                squares.add(self.jobs[0], square, number * CHUNK)
         return TensorSums(*(torch.stack(s).double().sum(0) for s in zip(*parts, strict=True)))
 
     def apply(self, values: Tensor, shares: Squares | None) -> None:
@@ -191,9 +191,9 @@ class _Batch:
         self.inputs = p, g, CoordinateState(m, v, tuple(h))
 
     def measure(self, squares: Squares | None) -> TensorSums:
-        sums, mixture = update_rule.measure(self.backend.head.config, self.layout, *self.inputs, self.now)
-        if mixture is not None and squares is not None:
-            for job, piece in zip(self.jobs, mixture.split(self.layout.sizes), strict=True):
+        sums, square = update_rule.measure(self.backend.head.config, self.layout, *self.inputs, self.now)
+        if square is not None and squares is not None:
+            for job, piece in zip(self.jobs, square.split(self.layout.sizes), strict=True):
                 squares.add(job, piece[: job.param.numel()])
         return TensorSums(*(s.double() for s in sums))
 

@@ -41,31 +41,32 @@ def lengths_of(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
     return tuple(n for shape in shapes for n in rows_and_columns(shape) or ())
 
 
-def base_mixture(config: PolicyConfig, u: Tensor, b: Tensor, h: Tensor) -> Tensor:
-    """The directions u, b and the first hidden unit h (before this step), [n] each, mixed as in the configuration."""
+def squared_mixture(config: PolicyConfig, u: Tensor, b: Tensor, h: Tensor) -> Tensor:
+    """e^2, [n], of the directions u and b and the first hidden unit h (before this step), mixed as configured."""
     e = config.momentum_weight * b + config.gradient_weight * u
-    return e + config.hidden_weights[0] * h if config.hidden_weights else e
+    if config.hidden_weights:
+        e = e + config.hidden_weights[0] * h
+    return e * e
 
 
-def squares_of(e: Tensor, shape: Sequence[int]) -> list[Tensor]:
-    """Sums of squares over rows and over columns, of a whole tensor in a vector; nothing where there are none."""
+def sums_of(square: Tensor, shape: Sequence[int]) -> list[Tensor]:
+    """Sums over rows and over columns of a whole tensor in a vector; nothing where there are none."""
     sizes = rows_and_columns(shape)
     if sizes is None:
         return []
-    square = e[: math.prod(shape)].view(sizes).square()
-    return [square.sum(1), square.sum(0)]
+    matrix = square[: math.prod(shape)].view(sizes)
+    return [matrix.sum(1), matrix.sum(0)]
 
 
-def add_squares(e: Tensor, start: int, rows: Tensor, columns: Tensor) -> None:
+def add_sums(square: Tensor, start: int, rows: Tensor, columns: Tensor) -> None:
     """Add, in place, what a piece of a tensor has to its sums.
 
     Args:
-        e: the tensor's coordinates from number ``start`` on, [m].
-        start: see ``e``.
+        square: of the tensor's coordinates from number ``start`` on, [m].
+        start: see ``square``.
         rows: [R], sums so far.
         columns: [C], sums so far.
     """
-    square = e.square()
     for first, last, part in _rectangles(square, start, len(columns)):
         row = first // len(columns)
         if part.ndim == 1:
@@ -174,10 +175,10 @@ class Squares:
         """From sums of squares to shares."""
         return Squares(self.shapes, self.jobs, shares(config, self.vector, lengths_of(list(self.shapes.values()))))
 
-    def add(self, job: Job, mixture: Tensor, start: int = 0) -> None:
+    def add(self, job: Job, square: Tensor, start: int = 0) -> None:
         """Add the squares of a job's coordinates from number ``start`` on."""
         if job.place in self._views:
-            add_squares(mixture, start, *self._views[job.place])
+            add_sums(square, start, *self._views[job.place])
 
     def factor(self, job: Job, start: int, length: int, dtype: torch.dtype) -> Tensor | None:
         """r_i c_j of a job's coordinates from number ``start`` on; ``None`` for a tensor without rows and columns."""

@@ -187,10 +187,10 @@ class _Rows:
         plan, measure = self.plan, self.kernels.measure
         sums: list[Tensor] = []
         for piece, first, (*planes, now) in self._parts(self.numbers):
-            found, *mixture = measure([*planes[:5], now])
+            found, *square = measure([*planes[:5], now])
             sums.append(found)
             if squares is not None:
-                for job, start, part in self._owners(piece, first, mixture[0]):
+                for job, start, part in self._owners(piece, first, square[0]):
                     squares.add(job, part, start)
         by_piece = torch.segment_reduce(torch.cat(sums, 1).double().T.contiguous(), "sum", lengths=plan.lengths, axis=0)
         by_job = by_piece.new_zeros(len(self.jobs), by_piece.shape[1]).index_add_(0, plan.owners, by_piece)

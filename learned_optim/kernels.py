@@ -58,7 +58,7 @@ class Kernels(NamedTuple):
     """The two passes over R rows. Planes are [R, WIDTH], contiguous; ``numbers`` is [R, 8], see :class:`StepNumbers`.
 
     ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R], and where rows and
-    columns are balanced the base mixture, [R, WIDTH].
+    columns are balanced what is summed over these, [R, WIDTH].
     ``apply([param, grad, *planes, numbers, coefficients, weights])`` writes the update into its first arguments;
     ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`. Where rows and columns are balanced the factor of
     each coordinate, [R, WIDTH], comes before ``numbers``.
@@ -104,8 +104,8 @@ class _Measure(torch.nn.Module):
     def forward(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         p, g, m, v, h = (t.to(self.kind.arithmetic) for t in (p, g, m, v, h))
         now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
-        sums, mixture = update_rule.measure(self.kind.config, Rows(), p, g, CoordinateState(m, v, (h,)), now)
-        return (torch.stack(sums),) if mixture is None else (torch.stack(sums), mixture)
+        sums, square = update_rule.measure(self.kind.config, Rows(), p, g, CoordinateState(m, v, (h,)), now)
+        return (torch.stack(sums),) if square is None else (torch.stack(sums), square)
 
 
 class _Apply(torch.nn.Module):

@@ -59,11 +59,11 @@ def measure(
 ) -> tuple[TensorSums, Tensor | None]:
     """First pass: the sums over each tensor that its context and its features are made of.
 
-    Where the policy balances, also the base mixture [n] whose squares say by how much.
+    Where the policy balances rows and columns, also what is summed over these, [n].
     """
     _, _, u, b, r = directions(grad, state, now)
-    mixture = balance.base_mixture(config, u, b, state.hidden[0]) if config.balance else None
-    return tensor_sums(layout, u, b, state.hidden[0], param, r), mixture
+    square = balance.squared_mixture(config, u, b, state.hidden[0]) if config.balance else None
+    return tensor_sums(layout, u, b, state.hidden[0], param, r), square
 
 
 def coefficients(
@@ -193,9 +193,9 @@ def update(
         New parameters, state planes and cosines; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
-    sums, mixture = measure(config, layout, param, grad, state, now)
-    if mixture is not None and factor is None:
-        factor = balance_factor(config, layout, mixture)
+    sums, square = measure(config, layout, param, grad, state, now)
+    if square is not None and factor is None:
+        factor = balance_factor(config, layout, square)
     values, cosine = coefficients(weights, config, layout, sums, cosine, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
     scaled = layout if fixed_scale else None
@@ -203,14 +203,14 @@ def update(
     return param, state, cosine
 
 
-def balance_factor(config: PolicyConfig, layout: Layout, mixture: Tensor) -> Tensor | None:
-    """r_i c_j of every coordinate, [n], from the base mixture [n]; ``None`` where no tensor has rows and columns."""
+def balance_factor(config: PolicyConfig, layout: Layout, square: Tensor) -> Tensor | None:
+    """r_i c_j of every coordinate, [n], from the mixture's squares [n]; ``None`` without any rows and columns."""
     lengths = balance.lengths_of(layout.shapes)
     if not lengths:
         return None
-    pieces = zip(mixture.split(layout.sizes), layout.shapes, strict=True)
-    sums = torch.cat([part for piece, shape in pieces for part in balance.squares_of(piece, shape)])
-    parts = balance.shares(config, sums, lengths).to(mixture.dtype).split(lengths)
+    pieces = zip(square.split(layout.sizes), layout.shapes, strict=True)
+    sums = torch.cat([part for piece, shape in pieces for part in balance.sums_of(piece, shape)])
+    parts = balance.shares(config, sums, lengths).to(square.dtype).split(lengths)
     return balance.whole_products(parts, layout.shapes, layout.sizes)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.balance import base_mixture
+from learned_optim.balance import squared_mixture
 from learned_optim.cells import CoordinateState, Hyperparameters, step_numbers
 from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.problem import ROW
@@ -98,7 +98,7 @@ def _factor(
         return []
     _, grad, m, v, h, *_ = planes
     _, _, u, b, _ = directions(grad, CoordinateState(m, v, (h,)), step_numbers(step, hyper))
-    factor = balance_factor(config, layout, base_mixture(config, u, b, h))
+    factor = balance_factor(config, layout, squared_mixture(config, u, b, h))
     if factor is None:
         factor = torch.ones_like(grad)
     return [_tracked(factor) if torch.is_grad_enabled() else factor]
