@@ -118,8 +118,9 @@ def test_from_starts_at_another_policy(tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", ["toml", "json"])
 def test_settings_come_from_a_file_and_options_win_over_it(form: str, tmp_path: Path) -> None:
     config = MetaTrainConfig(
-        tasks=("noisy_quadratic",), max_length=6, meta_batch=1, validate_every=0, outer_steps=5, estimator="pes"
-    )
+        tasks=("noisy_quadratic",), max_length=6, meta_batch=1, validate_every=0, outer_steps=5, estimator="pes",
+        parts=("tensor_head",),
+    )  # fmt: skip
     file = tmp_path / f"settings.{form}"
     file.write_text(config.to_toml() if form == "toml" else json.dumps(config.to_dict()))
     assert main(["meta-train", "--out", str(tmp_path / "run"), "--settings", str(file), "--outer-steps", "2"]) == 0
