@@ -148,14 +148,18 @@ def kernels(kind: Kind) -> Kernels:
     return made
 
 
+def coefficient_count(config: PolicyConfig) -> int:
+    """Columns of ``coefficients``: the entries of :class:`~learned_optim.cells.Coefficients`."""
+    return cells.FIRST_HIDDEN + len(config.hidden_weights) + len(config.windows) + len(config.rates)
+
+
 @cache
 def _made(kind: Kind) -> Kernels | CompilationError:
-    units = cells.FIRST_HIDDEN + len(kind.config.hidden_weights) + len(kind.config.windows) + len(kind.config.rates)
     rows = 4096  # an example's; enough that the compiler expects work for several threads
     planes = [torch.empty(rows, WIDTH, dtype=dtype, device=kind.device) for dtype in kind.dtypes]
     numbers = torch.empty(rows, 8, dtype=kind.arithmetic, device=kind.device)
     factor = [numbers.new_empty(rows, WIDTH)] if kind.config.balance else []
-    coefficients = numbers.new_empty(rows, units)
+    coefficients = numbers.new_empty(rows, coefficient_count(kind.config))
     weights = numbers.new_empty(sum(math.prod(s) for s in cell_shapes(kind.config).values()))
     make = _ahead_of_time if kind.device == "cpu" else _just_in_time
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import fcntl
+import math
 import os
 import pickle
 import subprocess
@@ -364,7 +365,8 @@ def test_kernels_made_by_torch_compile_as_for_other_devices_do_the_same_and_are_
     kind = kernels.Kind(PolicyConfig(), "cpu", (torch.float32,) * 8)
     ahead = kernels.kernels(kind)
     planes = [torch.rand(3000, W) for _ in range(8)]
-    numbers, coefficients, weights = torch.rand(3000, 8), torch.rand(3000, 15), torch.randn(35)
+    numbers, coefficients = torch.rand(3000, 8), torch.rand(3000, kernels.coefficient_count(kind.config))
+    weights = torch.randn(sum(math.prod(shape) for shape in kernels.cell_shapes(kind.config).values()))
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # inductor's own
         measure = kernels._just_in_time(kernels._Measure(kind), [*planes[:5], numbers], 6)
