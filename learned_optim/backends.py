@@ -203,7 +203,8 @@ class _Batch:
         factor = None
         if shares is not None:
             factor = torch.ones(sum(self.layout.sizes), dtype=self.dtype, device=self.jobs[0].param.device)
-            shares.write(self.jobs, factor.split(self.layout.sizes))
+            for job, place in zip(self.jobs, factor.split(self.layout.sizes), strict=True):
+                shares.write(job, place[: job.param.numel()])
         p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now, factor=factor)
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
         targets = zip(*((job.param, *job.planes) for job in self.jobs), strict=True)

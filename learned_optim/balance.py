@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int] | None:
     return (shape[0], columns) if columns > 1 else None
 
 
-def lengths_of(shapes: Sequence[Sequence[int]]) -> tuple[int, ...]:
+def lengths_of(shapes: Iterable[Sequence[int]]) -> tuple[int, ...]:
     """Rows and columns of each tensor that has them, one after the other."""
     return tuple(n for shape in shapes for n in rows_and_columns(shape) or ())
 
@@ -142,7 +142,7 @@ Place = tuple[int, int]
 
 
 class Squares:
-    """A number for each row and each column of the tensors that have them; see :meth:`wanted`.
+    """A number for each row and each column of the tensors that have them: sums of squares, or shares.
 
     Args:
         shapes: of the whole tensors, by the place of their jobs.
@@ -152,6 +152,7 @@ class Squares:
 
     def __init__(self, shapes: Mapping[Place, Sequence[int]], jobs: Sequence[Job], vector: Tensor) -> None:
         self.shapes, self.jobs, self.vector = shapes, jobs, vector
+        self._lengths = lengths_of(shapes.values())
         ends = itertools.accumulate(sum(rows_and_columns(shape) or ()) for shape in shapes.values())
         begin = dict(zip(shapes, (0, *ends), strict=False))
         self._views: dict[Place, tuple[Tensor, Tensor]] = {}
@@ -163,17 +164,9 @@ class Squares:
                 column += begin[job.place] + sizes[0]
                 self._views[job.place] = vector[row : row + rows], vector[column : column + job.param.numel() // rows]
 
-    @classmethod
-    def wanted(
-        cls, config: PolicyConfig, shapes: Mapping[Place, Sequence[int]], jobs: Sequence[Job], device: torch.device
-    ) -> Squares | None:
-        """Zeros, in float64; ``None`` where nothing is balanced."""
-        size = sum(lengths_of(list(shapes.values()))) if config.balance else 0
-        return cls(shapes, jobs, torch.zeros(size, dtype=torch.float64, device=device)) if size else None
-
     def shares(self, config: PolicyConfig) -> Squares:
         """From sums of squares to shares."""
-        return Squares(self.shapes, self.jobs, shares(config, self.vector, lengths_of(list(self.shapes.values()))))
+        return Squares(self.shapes, self.jobs, shares(config, self.vector, self._lengths))
 
     def add(self, job: Job, square: Tensor, start: int = 0) -> None:
         """Add the squares of a job's coordinates from number ``start`` on."""
@@ -187,9 +180,8 @@ class Squares:
         rows, columns = self._views[job.place]
         return products(rows.to(dtype), columns.to(dtype), start, length)
 
-    def write(self, jobs: Sequence[Job], places: Sequence[Tensor]) -> None:
-        """Write r_i c_j of each job's coordinates into a vector, which may be longer."""
-        for job, place in zip(jobs, places, strict=True):
-            factor = self.factor(job, 0, job.param.numel(), place.dtype)
-            if factor is not None:
-                place[: len(factor)] = factor
+    def write(self, job: Job, place: Tensor, start: int = 0) -> None:
+        """Fill a vector with r_i c_j of a job's coordinates from number ``start`` on, if the tensor has them."""
+        factor = self.factor(job, start, len(place), place.dtype)
+        if factor is not None:
+            place.copy_(factor)

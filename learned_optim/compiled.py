@@ -238,9 +238,7 @@ class _Rows:
         plane = like.new_ones(len(like), WIDTH)
         if shares is not None and piece >= len(self.plan.in_place):
             for job, start, place in self._owners(piece, 0, plane):
-                factor = shares.factor(job, start, len(place), like.dtype)
-                if factor is not None:
-                    place.copy_(factor)
+                shares.write(job, place, start)
         return plane
 
     def _places(self, plane: Tensor) -> list[Tensor]:

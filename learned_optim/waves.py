@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.balance import Squares
+from learned_optim.balance import Squares, lengths_of
 from learned_optim.cells import Hyperparameters
 from learned_optim.coordinates import tensor_shape_context
 from learned_optim.features import TensorSums
@@ -121,7 +121,10 @@ def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
 
 def _run_wave(head: Head, wave: list[Unit]) -> Record:
     jobs = [job for unit in wave for job in unit.jobs]
-    squares = Squares.wanted(head.config, {job.place: job.shape for job in jobs}, jobs, jobs[0].param.device)
+    squares = None
+    if head.config.balance and (size := sum(lengths_of(job.shape for job in jobs))):
+        zeros = torch.zeros(size, dtype=torch.float64, device=jobs[0].param.device)
+        squares = Squares({job.place: job.shape for job in jobs}, jobs, zeros)
     sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure(squares) for unit in wave), strict=True)))
     values, record = head(jobs, sums)
     shares = squares and squares.shares(head.config)
@@ -149,8 +152,11 @@ def run_shards(
         add_up: adds the other processes' sums, a vector in float64, in place. Called once, whatever the jobs.
     """
     columns = {place: number for number, place in enumerate(shapes)}
-    squares = Squares.wanted(backend.head.config, shapes, jobs, device)
-    sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=device)
+    size = sum(lengths_of(shapes.values())) if backend.head.config.balance else 0
+    of_tensors = len(TensorSums._fields) * len(columns)
+    both = torch.zeros(of_tensors + size, dtype=torch.float64, device=device)
+    sums = both[:of_tensors].view(-1, len(columns))
+    squares = Squares(shapes, jobs, both[of_tensors:]) if size else None
     kept: list[Unit] = []
     copied = 0
     for unit, size in backend.units(jobs):
@@ -158,13 +164,9 @@ def run_shards(
         copied += size
         if copied <= COPIED:
             kept.append(unit)
-    both = torch.cat((sums.view(-1), sums.new_empty(0) if squares is None else squares.vector))
     add_up(both)
     if not jobs:
         return
-    sums.view(-1).copy_(both[: sums.numel()])
-    if squares is not None:
-        squares.vector.copy_(both[sums.numel() :])
     shares = squares and squares.shares(backend.head.config)
     values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
     position = {job.place: i for i, job in enumerate(jobs)}

@@ -9,9 +9,9 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from .base import ModuleTask, Task, TaskFamily
+from .base import LossFn, ModuleTask, Task, TaskFamily
 from .data_images import IMAGE_SOURCES, preprocess, scenes, signals
-from .nets import AutoEncoder, VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
+from .nets import AutoEncoder, Style, VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
 from .objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
 from .sampling import (
     Data,
@@ -214,6 +214,28 @@ def vit_images(rng: torch.Generator) -> Task:
     )
 
 
+def autoencoder_task(
+    rng: torch.Generator,
+    load: Callable[[], tuple[Data, Data]],
+    widths: list[int],
+    style: Style,
+    batch_size: int,
+    steps: tuple[int, int],
+    loss: LossFn = reconstruction,
+    seconds: float = 2.0,
+) -> ModuleTask:
+    """A perceptron autoencoder of the images that ``load`` gives; ``widths`` lead from pixels to code."""
+    pixels, *hidden, code = widths
+    length = run_length(rng, *steps, 2 * batch_size * mlp_work(widths), seconds)
+    return dataset_task(
+        lambda: initialise(AutoEncoder(pixels, hidden, code, style), style),
+        load,
+        loss,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
 def autoencoder_images(rng: torch.Generator) -> Task:
     """Squared error of standardised pixels, or the Bernoulli likelihood of pixels in [0, 1]."""
     source = choice(rng, tuple(IMAGE_SOURCES))
@@ -222,14 +244,8 @@ def autoencoder_images(rng: torch.Generator) -> Task:
     hidden, code = hidden_widths(rng, 32, 256, (1, 2)), log_int(rng, 2, 32)
     raw, batch_size = chance(rng, 0.5), log_int(rng, 16, 128)
     load = images_only(image_data(rng, source, 1500, 10, "raw" if raw else "standardised", size=size))
-    length = run_length(rng, 200, 600, 2 * batch_size * mlp_work([size * size, *hidden, code]))
-    return dataset_task(
-        lambda: initialise(AutoEncoder(size * size, hidden, code, style), style),
-        load,
-        bernoulli_reconstruction if raw else reconstruction,
-        batch_size=batch_size,
-        length=length,
-    )
+    loss = bernoulli_reconstruction if raw else reconstruction
+    return autoencoder_task(rng, load, [size * size, *hidden, code], style, batch_size, (200, 600), loss)
 
 
 def autoencoder_scenes(rng: torch.Generator) -> Task:
@@ -242,14 +258,7 @@ def autoencoder_scenes(rng: torch.Generator) -> Task:
         data_rng = make_rng()
         return split((preprocess(scenes(data_rng, n, size), "standardised"),), data_rng)
 
-    length = run_length(rng, 300, 1200, 2 * batch_size * mlp_work([3 * size * size, *hidden, code]), seconds=5.0)
-    return dataset_task(
-        lambda: initialise(AutoEncoder(3 * size * size, hidden, code, style), style),
-        load,
-        reconstruction,
-        batch_size=batch_size,
-        length=length,
-    )
+    return autoencoder_task(rng, load, [3 * size * size, *hidden, code], style, batch_size, (300, 1200), seconds=5.0)
 
 
 def vae_task(

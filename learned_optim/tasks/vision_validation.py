@@ -9,10 +9,10 @@ import torch
 from .base import Task, TaskFamily
 from .data_images import preprocess
 from .data_optional import PHOTO_QUESTIONS, letters, photo_patches
-from .nets import AutoEncoder, VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
-from .objectives import classification, reconstruction
+from .nets import VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
+from .objectives import classification
 from .sampling import Data, choice, dataset_task, integer, log_int, run_length, spawn, split
-from .vision import hidden_widths, images_only, mlp_work, vae_task
+from .vision import autoencoder_task, hidden_widths, images_only, mlp_work, vae_task
 
 
 def letter_data(
@@ -111,14 +111,7 @@ def val_autoencoder_photos(rng: torch.Generator) -> Task:
     style = random_style(rng, norms=("none", "layer"), inits=("default", "xavier"), residual=0.0)
     hidden = hidden_widths(rng, 128, 384, (1, 3))
     load = images_only(photo_data(rng, 4000, size, "place"))
-    length = run_length(rng, 400, 1500, 2 * batch_size * mlp_work([3 * size * size, *hidden, code]), seconds=10.0)
-    return dataset_task(
-        lambda: initialise(AutoEncoder(3 * size * size, hidden, code, style), style),
-        load,
-        reconstruction,
-        batch_size=batch_size,
-        length=length,
-    )
+    return autoencoder_task(rng, load, [3 * size * size, *hidden, code], style, batch_size, (400, 1500), seconds=10.0)
 
 
 FAMILIES = (

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small_tasks import Quadratic, Tied, normalised, regression
+from support import POLICIES
 
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 from learned_optim.cells import Hyperparameters
@@ -12,7 +13,7 @@ from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.tasks import FAMILIES
 from learned_optim.update_rule import initial_state, update
 
-BALANCED = PolicyConfig(balance=0.5, balance_floor=0.1, balance_bound=2.0)
+BALANCED = POLICIES["balanced"].config
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
 
 
