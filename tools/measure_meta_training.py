@@ -3,9 +3,10 @@
     python tools/measure_meta_training.py docs/results/meta_training.json --runs FOLDER
 
 Two measurements, both on seeds that are never trained on. *From the start*: what ``learned-optim meta-train
---outer-steps 40 --meta-batch 8 --max-length 200 --validation-length 200`` does to the mean log-loss of the validation
-tasks after 200 steps, three seeds. *Fine-tuning*: ``examples/meta_train_own_task.py``, 60 outer steps. Runs are kept in
-FOLDER, and those that are there already are not made again.
+--outer-steps 40 --meta-batch 8 --max-length 200 --validation-length 200`` does to the time that the validation tasks'
+first 200 steps take (geometric mean, see ``learned_optim/meta_train/slowness.py``), three seeds. *Fine-tuning*:
+``examples/meta_train_own_task.py``, 60 outer steps. Runs are kept in FOLDER, and those that are there already are not
+made again.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -30,7 +32,7 @@ SEEDS = (1, 2, 3)
 
 
 def short_run(seed: int, folder: Path) -> dict[str, float]:
-    """Change of the validation tasks' mean log-loss, of those that chose the best policy and of others."""
+    """Time taken, of the start's, on the validation tasks that chose the best policy and on others."""
     config = MetaTrainConfig(
         outer_steps=40, seed=seed, meta_batch=8, max_length=200, validation_length=200, validate_every=20,
         backend="compiled",
@@ -39,12 +41,12 @@ def short_run(seed: int, folder: Path) -> dict[str, float]:
     of_each = dataclasses.replace(config, validation_seeds=2)
     families = get_families(config.validation_tasks)
     after, before = (validate(p, families, of_each, "compiled") for p in (result.policy, Policy()))
-    change = {
-        number: mean_difference({n: x for n, x in after.items() if n.endswith(f"/{number}")}, before)
+    time = {
+        number: math.exp(mean_difference({n: x for n, x in after.items() if n.endswith(f"/{number}")}, before))
         for number in range(2)
     }
     last = result.history[-1]
-    return {"seed": seed, "chosen": change[0], "others": change[1], "inner_steps": last["inner_steps"],
+    return {"seed": seed, "chosen": time[0], "others": time[1], "inner_steps": last["inner_steps"],
             "minutes": last["seconds"] / 60}  # fmt: skip
 
 
@@ -68,17 +70,17 @@ def fine_tuning(folder: Path) -> dict[str, Any]:
 def table(runs: list[dict[str, float]], tuned: dict[str, Any]) -> dict[str, dict[str, str]]:
     """For README.md."""
 
-    def spread(values: list[float], sign: str = "") -> str:
-        return f"{statistics.fmean(values):{sign}.3f} ± {statistics.stdev(values):.3f}"
+    def spread(values: list[float], digits: int = 3) -> str:
+        return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
 
     return {
-        f"from the start, {len(runs)} runs: log-loss of the validation tasks": {
-            "before": "0", "after": spread([r["chosen"] for r in runs], "+"),
+        f"from the start, {len(runs)} runs: time the validation tasks take": {
+            "before": "1", "after": spread([r["chosen"] for r in runs], 2),
             "inner steps": f"{statistics.fmean(r['inner_steps'] for r in runs):,.0f}",
             "minutes": f"{statistics.fmean(r['minutes'] for r in runs):.0f}",
         },
         "... of other tasks of the same families": {
-            "before": "0", "after": spread([r["others"] for r in runs], "+"), "inner steps": "", "minutes": "",
+            "before": "1", "after": spread([r["others"] for r in runs], 2), "inner steps": "", "minutes": "",
         },
         f"`default` on one task: loss on {len(tuned['before'])} unseen seeds": {
             "before": spread(tuned["before"]), "after": spread(tuned["after"]),

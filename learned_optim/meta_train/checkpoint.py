@@ -24,6 +24,8 @@ import torch
 from learned_optim.filenames import naming
 from learned_optim.meta_train.config import MetaTrainConfig
 
+#: Of what a checkpoint holds; from 2 on courses of the losses for validation.
+FORMAT = 2
 CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
 
@@ -97,7 +99,7 @@ class RunFolder:
     def save(self, state: dict[str, Any]) -> None:
         """Make ``state`` the current checkpoint and keep the one before."""
         buffer = io.BytesIO()
-        torch.save(state, buffer)
+        torch.save({**state, "format": FORMAT}, buffer)
         current = self.path / CURRENT
         data = buffer.getvalue()
         if current.exists():
@@ -119,7 +121,8 @@ class RunFolder:
         place of that which could be read.
 
         Raises:
-            ValueError: it was made with other settings (they are named), or none that is there can be read.
+            ValueError: it was made with other settings (they are named) or by another version, or none that is there
+                can be read.
         """
         damaged = []
         for name in (CURRENT, PREVIOUS):
@@ -134,6 +137,9 @@ class RunFolder:
             except Exception as error:  # what reading damaged bytes raises is no closed list
                 damaged.append(f"{path} ({type(error).__name__})")
                 continue
+            if state.get("format") != FORMAT:
+                raise ValueError(f"{path} was made by another version of learned_optim: start again in another "
+                                 f"folder, from {str(self.path / 'best')!r}")  # fmt: skip
             # More outer steps only mean that the run goes on for longer.
             differing = [d for d in saved.differences(config) if not d.startswith(("outer_steps:", "threads:"))]
             if differing:

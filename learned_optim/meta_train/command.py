@@ -90,9 +90,9 @@ def run(command: Any) -> int:
 def _report(out: Path, config: MetaTrainConfig, result: MetaTrainResult) -> None:
     done = result.history[-1]["outer_step"] + 1 if result.history else 0
     values = [m["validation"] for m in result.history if "validation" in m]
-    verdict = (
-        f"best validation {min(0.0, *values):+.3f} (mean log-loss against the start)" if values else "no validation"
-    )
+    of = "held-out loss" if config.held_out else "time"
+    best = f"best validation {min([0.0, *values]):+.3f} (mean log of {of} against the start)"
+    verdict = best if values else "no validation"
     print(f"{out}: {done} of {config.outer_steps} outer steps, {verdict}")
     if result.stopped_by is None:
         print(f'use it: LearnedOptimizer(model.parameters(), policy="{out / "best"}")')

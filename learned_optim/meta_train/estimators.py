@@ -29,11 +29,12 @@ from torch import Tensor
 from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_loss import MetaLossFn, final
+from learned_optim.meta_train.slowness import log_slowness, marks
 from learned_optim.meta_train.trajectories import Plan, Running, TaskSource, seed_of
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.policy import Policy
-from learned_optim.tasks.rollout import Curve, smoothed, train
+from learned_optim.tasks.rollout import Curve, train
 
 Weights = dict[str, Tensor]
 
@@ -174,19 +175,11 @@ class PES(_Truncated):
 class ES:
     """Antithetic evolution strategies over whole trajectories, with common random numbers.
 
-    Both runs of a pair see the same task, initial parameters and batches. What is compared is the log-loss, smoothed,
-    at five times from a quarter of the run to its end, in units of the pair's own progress: a difference of log-losses
-    over the slope of the log-loss against the logarithm of time is a log-speedup, and alike for tasks of unlike losses.
-    Each is clipped to +-3, so that a divergence counts as slow and not as infinite.
+    Both runs of a pair see the same task, initial parameters and batches. What is compared is their time: see
+    :mod:`~learned_optim.meta_train.slowness`.
 
     With ``meta_loss`` other than ``None``, that function of the losses L_1 .. L_T is compared instead.
     """
-
-    #: Slope below which a task counts as standing still: its differences are not blown up beyond this.
-    MIN_SLOPE = 0.1
-    BOUND = 3.0
-    #: When losses are compared, in parts of the run.
-    TIMES = (0.25, 0.35, 0.5, 0.7, 1.0)
 
     def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn | None = None) -> None:
         self.source, self.config, self.meta_loss = source, config, meta_loss
@@ -203,33 +196,13 @@ class ES:
             steps = plan.length + (self.meta_loss is not None)
             curves.append(run_plan(moved, plan, steps, self.backend))
         if self.meta_loss is None:
-            difference = self.log_slowness(*curves)
-            meta_loss = sum(_log(smoothed(c.losses, plan.length)) for c in curves) / 2
+            first, second = (marks(c.losses) for c in curves)
+            difference, meta_loss = log_slowness(first, second), (first[-1] + second[-1]) / 2
         else:
             first, second = (float(self.meta_loss(torch.tensor(c.losses[1:]), c.losses[0])) for c in curves)
             difference, meta_loss = first - second, (first + second) / 2
         gradient = {name: value * (difference / (2.0 * sigma**2)) for name, value in noise.items()}
         return Estimate(slot, plan.family, gradient, meta_loss, 2 * plan.length)
-
-    @classmethod
-    def log_slowness(cls, first: Curve, second: Curve) -> float:
-        """By how much ``first`` is slower than ``second``, as a difference of the logarithms of time."""
-        length = len(first.losses)
-        total = 0.0
-        for time in cls.TIMES:
-            ends = [max(1, round(length * part)) for part in (time / 2, time)]
-            (a0, a), (b0, b) = ([_log(smoothed(curve.losses, end)) for end in ends] for curve in (first, second))
-            if math.isfinite(a) and math.isfinite(b):
-                drops = [drop / math.log(2.0) for drop in (a0 - a, b0 - b) if math.isfinite(drop)]
-                slope = max(sum(drops) / len(drops) if drops else 0.0, cls.MIN_SLOPE)
-                total += min(max((a - b) / slope, -cls.BOUND), cls.BOUND)
-            elif math.isfinite(a) or math.isfinite(b):
-                total += math.copysign(cls.BOUND, a - b)
-        return total / len(cls.TIMES)
-
-
-def _log(loss: float) -> float:
-    return math.log(max(loss, 1e-10)) if math.isfinite(loss) else math.inf
 
 
 def with_weights(policy: Policy, weights: Weights) -> Policy:

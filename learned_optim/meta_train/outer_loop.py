@@ -28,7 +28,7 @@ from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.signals import collected_signals
 from learned_optim.meta_train.trajectories import Running, TaskSource
-from learned_optim.meta_train.validation import mean_difference, validate
+from learned_optim.meta_train.validation import Outcome, mean_difference, validate
 from learned_optim.policy import PARTS, Policy, PolicyConfig
 from learned_optim.tasks import TaskFamily, check_task, get_families
 from learned_optim.tasks.base import Task
@@ -139,8 +139,8 @@ class _Run:
         self.outer_step = 0
         self.inner_steps = 0
         self.seconds = 0.0
-        self.before: dict[str, float] = {}  #: validation of the start
-        self.best_value = 0.0  #: change of validation's mean log-loss against the start; lower is better
+        self.before: dict[str, Outcome] = {}  #: validation of the start
+        self.best_value = 0.0  #: see ``mean_difference``; lower is better
         self.best = self._copy()
         self.stale = 0  #: validations since the best one
         self.failures: dict[str, int] = {}
@@ -174,7 +174,7 @@ class _Run:
             try:
                 stop = None
                 if saved is None and config.validate_every:
-                    self.before = self._validation_losses()
+                    self.before = self._validation_outcomes()
                 while self.outer_step < config.outer_steps and stop is None:
                     metrics = self._outer_step()
                     history.append(metrics)
@@ -251,8 +251,8 @@ class _Run:
         self.meta_optimizer.step()
 
     def _validate(self) -> float:
-        """Change of the mean log-loss on the validation tasks against the start; keeps the policy if it is the best."""
-        after = self._validation_losses()
+        """Change of the time to train the validation tasks, against the start; keeps the policy if it is the best."""
+        after = self._validation_outcomes()
         value = mean_difference(after, self.before)
         if value < self.best_value:
             self.best_value, self.best, self.stale = value, self._copy(), 0
@@ -260,7 +260,7 @@ class _Run:
             self.stale += 1
         return value
 
-    def _validation_losses(self) -> dict[str, float]:
+    def _validation_outcomes(self) -> dict[str, Outcome]:
         return validate(self.policy, self.validation, self.config, self.estimator.backend, self._learned_init())
 
     def _learned_init(self) -> dict[str, Tensor] | None:
@@ -289,7 +289,9 @@ class _Run:
         if config.validate_every:
             results["validation"] = {
                 "tasks": sorted(self.before),
-                "mean_log_loss_change": self.best_value if name == "best" else None,
+                "mean_log_loss_change" if config.held_out else "mean_log_time_change": self.best_value
+                if name == "best"
+                else None,
             }
         save_policy(policy, folder.path / name, results=results)
         if init is not None:

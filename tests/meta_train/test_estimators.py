@@ -18,8 +18,9 @@ from learned_optim.meta_train.estimators import (
     Mixed,
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, mean_along
+from learned_optim.meta_train.slowness import BOUND, log_slowness, marks
 from learned_optim.meta_train.trajectories import TaskSource
-from learned_optim.tasks.rollout import Curve
+from learned_optim.meta_train.validation import mean_difference
 
 LEARNED = ("amplitude",)
 
@@ -98,18 +99,27 @@ def test_an_estimate_depends_on_slot_and_outer_step_alone():
 
 
 def test_a_diverged_run_counts_as_slow_and_not_as_infinite():
-    good, bad = Curve([2.0 / (t + 1) for t in range(40)], None), Curve([2.0, *[float("inf")] * 39], None)
-    assert ES.log_slowness(bad, good) == ES.BOUND
-    assert ES.log_slowness(good, bad) == -ES.BOUND
-    assert ES.log_slowness(bad, bad) == 0.0
+    good, bad = marks([2.0 / (t + 1) for t in range(40)]), marks([2.0, *[float("inf")] * 39])
+    assert log_slowness(bad, good) == BOUND
+    assert log_slowness(good, bad) == -BOUND
+    assert log_slowness(bad, bad) == 0.0
 
 
 def test_half_the_loss_exponent_counts_as_a_log_speedup():
     """Losses that fall as a power of time: twice as fast is a log-speedup of log 2, whatever the power."""
     for power in (0.3, 1.0):
-        slow = Curve([(t + 1) ** -power for t in range(400)], None)
-        fast = Curve([(2 * t + 2) ** -power for t in range(400)], None)
-        assert ES.log_slowness(slow, fast) == pytest.approx(0.693, rel=0.03)
+        slow = marks([(t + 1) ** -power for t in range(400)])
+        fast = marks([(2 * t + 2) ** -power for t in range(400)])
+        assert log_slowness(slow, fast) == pytest.approx(0.693, rel=0.03)
+
+
+def test_validation_measures_time_and_held_out_losses_as_they_are():
+    fast = {"a/0": marks([(2 * t + 2) ** -0.5 for t in range(400)]), "b/0": marks([1.0] * 400)}
+    slow = {"a/0": marks([(t + 1) ** -0.5 for t in range(400)]), "b/0": marks([1.0] * 400)}
+    assert mean_difference(fast, slow) == pytest.approx(-0.693 / 2, rel=0.03)
+    infinite = float("inf")
+    assert mean_difference({"a/0": [0.2], "b/0": [infinite]}, {"a/0": [0.5], "b/0": [infinite]}) == pytest.approx(-0.15)
+    assert mean_difference({"a/0": [infinite]}, {"a/0": [0.5]}) == BOUND
 
 
 def test_inverse_variance_trusts_the_quieter_estimator():

@@ -27,7 +27,7 @@ def test_validation_sees_the_learned_parameters_and_the_best_are_kept(tmp_path):
     assert list(result.init) == list(task.init(torch.Generator())[0])
     assert (tmp_path / "best" / "init.safetensors").exists()
     found = validate(result.policy, [task], settings(), "eager", result.init)
-    assert math.exp(found["regression/0"]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
+    assert math.exp(found["regression/0"][0]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
 
 
 def held_out_after(result, task):

@@ -149,6 +149,16 @@ def test_a_checkpoint_of_other_settings_is_refused_and_they_are_named(tmp_path):
         train(settings(sigma=0.2), tmp_path, resume=True)
 
 
+def test_a_checkpoint_of_another_version_is_refused(tmp_path):
+    train(settings(outer_steps=2), tmp_path)
+    path = tmp_path / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    del saved["format"]
+    torch.save(saved, path)
+    with pytest.raises(ValueError, match=r"another version.*start again in another folder, from .*best"):
+        train(settings(outer_steps=2), tmp_path, resume=True)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     folder = RunFolder(tmp_path, resume=False)
     with pytest.raises(BlockingIOError, match="another process"):
