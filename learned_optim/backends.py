@@ -34,13 +34,17 @@ CHUNK = 1 << 16
 ALIGN = 64
 
 
+#: What is kept per tensor, in the state's names and the memory's order (see ``update_rule.coefficients``).
+MEMORY = ("cosine_fast", "cosine_slow", "log_pace")
+
+
 class Job(NamedTuple):
     """One parameter's tensors for one step; real, with any strides, state planes shaped like the parameter."""
 
     param: Tensor
     grad: Tensor
     planes: tuple[Tensor, ...]  #: exp_avg, exp_avg_sq, hidden_0, ...
-    cosine: tuple[Tensor, Tensor]  #: 0-d
+    memory: tuple[Tensor, ...]  #: 0-d: fast and slow cosine, logarithm of the pace
     step: float  #: t >= 1
     hyper: Hyperparameters
     shape: torch.Size  #: of the whole parameter, of which the tensors may be a shard

@@ -34,7 +34,7 @@ def _name(groups: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> str:
 def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
     """[K] each."""
     count = len(record.places)
-    numel, cosine = record.numel[:count], record.cosine[:, :count]
+    numel, memory = record.numel[:count], record.memory[:, :count]
     step, lr, beta1 = numel.new_tensor([(t, h.lr, h.beta1) for t, h in zip(record.steps, record.hypers, strict=True)]).T
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
     coeff: Any = update_rule.named_coefficients(config, record.coefficients.unbind())
@@ -58,8 +58,9 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
         "rms_parameter": p_p.sqrt(),
         "sparsity": 1.0 - abs_b.square() / b_b.clamp(min=1e-60),
         "cosine": u_r / (u_u * r_r).sqrt().clamp(min=1e-30),
-        "cosine_fast": cosine[0],
-        "cosine_slow": cosine[1],
+        "cosine_fast": memory[0],
+        "cosine_slow": memory[1],
+        "pace": memory[2].exp(),
         "rms_hidden_0": h_h.sqrt(),
         **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
         **({} if record.trust is None else {"trust": record.trust[:count]}),

@@ -87,7 +87,7 @@ class Rows:
 
 def cell_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
     """The weights that :func:`~learned_optim.update_rule.apply` uses: those of the cell."""
-    of_head = ("head", "gate_context")
+    of_head = ("head", "pace", "gate_context")
     return {name: shape for name, shape in expected_shapes(config).items() if name not in of_head}
 
 

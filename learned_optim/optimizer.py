@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from learned_optim.arguments import check_group, number
-from learned_optim.backends import Job, arithmetic_dtype
+from learned_optim.backends import MEMORY, Job, arithmetic_dtype
 from learned_optim.cells import Hyperparameters
 from learned_optim.compiled import make_backend
 from learned_optim.diagnostics import of_records
@@ -32,7 +32,7 @@ class LearnedOptimizer(Optimizer):
     .. code-block:: text
 
         input : lr, beta1, beta2, eps, weight_decay, parameters p, policy (f: bounded factor, 1 at 0)
-        state : m, v, h_1 .. h_4, all zero, per coordinate; two averages of a cosine, per tensor
+        state : m, v, h_1 .. h_4, all zero, per coordinate; two averages of a cosine and a, per tensor
         for t = 1, 2, ... do, for every tensor
             g   = gradient (negated if maximize)
             m   = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
@@ -42,7 +42,8 @@ class LearnedOptimizer(Optimizer):
             x   = features of the coordinate: u, b, h_1, p over their rms
             z_j = clamp(rate_j f(W_j x), 1/t, 1)
             h_j = h_j + z_j (u - h_j)                                               recurrent, 4 per coordinate
-            d   = s (w_b b + w_u u + sum_j w_j h_j) f(Q x)
+            a   = a + min(delta, gamma cos + rho S c)                               pace, recurrent too
+            d   = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q x)
             d   = (1 - kappa) d where d u < 0
             p   = p - lr weight_decay p - lr d
 
@@ -142,7 +143,8 @@ class LearnedOptimizer(Optimizer):
             By parameter name where ``named_parameters()`` were given, else by ``"group.index"``, these figures:
 
             - ``step``, ``lr``: the parameter's own count of updates, and the learning rate of the last.
-            - ``step_size``: the sum of the mixture's weights, relative to lr; AdamW has 1.
+            - ``step_size``: the sum of the mixture's weights, relative to lr; AdamW has 1. ``pace``: the factor in it
+              that has built up in the course of training.
             - ``share_momentum``, ``share_gradient``, ``share_hidden_0``, ...: the parts of it; AdamW has momentum
               only. ``disagreeing``: the factor of coordinates that would move against the present gradient.
             - ``update_rms``: rms of the update over lr, without weight decay, and ``update_to_adamw``: over that of
@@ -225,10 +227,10 @@ class LearnedOptimizer(Optimizer):
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             for key in self._plane_keys():
                 state[key] = torch.zeros_like(p, dtype=self._plane_dtype(p, key))
-            for key in ("cosine_fast", "cosine_slow"):
+            for key in MEMORY:
                 state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         if self.safeguard and "trust" not in state:  # nor in state that was saved without a safeguard
-            state["trust"] = torch.zeros_like(state["cosine_fast"])
+            state["trust"] = torch.zeros_like(state[MEMORY[0]])
         state["step"] += 1
         grad = p.grad
         if grad is None:
@@ -238,12 +240,12 @@ class LearnedOptimizer(Optimizer):
             tensors = [torch.view_as_real(t.resolve_conj()) for t in tensors]
         if maximize:
             tensors[1] = -tensors[1]
-        cosine = (state["cosine_fast"], state["cosine_slow"])
+        memory = tuple(state[key] for key in MEMORY)
         trust = state["trust"] if self.safeguard else None
         begins = origin(p) if self.policy.config.balance else (0, 0)
         param, grad, *planes = tensors
         step, shape = float(state["step"]), real_shape(p)
-        return Job(param, grad, tuple(planes), cosine, step, hyper, shape, place, trust, begins)
+        return Job(param, grad, tuple(planes), memory, step, hyper, shape, place, trust, begins)
 
     def _plane_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
@@ -281,14 +283,15 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
 
-        Where classic FSDP has flattened the parameters, the averages of the cosine and the trust are saved as 0 and
-        begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses to save.
+        Where classic FSDP has flattened the parameters, the averages of the cosine, the pace and the trust are saved
+        as 0 and begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses
+        to save.
         """
         saved = super().state_dict()
         for key, p in enumerate(p for group in self.param_groups for p in group["params"]):
             if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
                 values = saved["state"][key]
-                own = [name for name in values if name in ("cosine_fast", "cosine_slow", "trust")]
+                own = [name for name in values if name in (*MEMORY, "trust")]
                 fresh = {name: torch.zeros_like(values[name]) for name in own}
                 saved["state"][key] = {**values, **fresh}
         return saved

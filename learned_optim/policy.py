@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import CommitInfo
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 #: Per-coordinate inputs of the recurrent cell; all are even in (gradient, parameter).
 FEATURES = ("abs_b", "abs_h", "abs_u", "b_h", "u_b", "u_h", "p_b")
@@ -36,6 +36,7 @@ CONTEXT = (
 
 #: Meta-parameters by the part of the rule they belong to: gradient estimators learn one part or several.
 PARTS = {
+    "pace": ("pace",),
     "step_size": ("head",),  # in one direction of its outputs only, as the two that follow
     "averaging": ("head",),
     "agreement": ("head",),
@@ -71,6 +72,12 @@ class PolicyConfig:
         gate_bound: a coordinate's features change its gates by at most this factor, each way; a tensor's context
             by at most this factor again.
         amplitude_bound: a coordinate's features change its amplitude by at most this factor, each way.
+        pace_gain: by how much the logarithm of a tensor's pace, a factor of its step size that builds up in the course
+            of training, grows in a step, per unit of the fast average of the cosine between gradient and momentum ...
+        pace_rate: ... and per unit of what its weights say of the context; 0 does without weights.
+        pace_growth: the logarithm of the pace grows by at most this in a step; that it has grown too far shows in the
+            gradients some steps later only.
+        pace_bound: the pace stays within exp(+-pace_bound).
         balance: exponent of the balancing of rows and columns, see :mod:`learned_optim.balance`; 0 does without.
         balance_floor: of a row's, or a column's, mean square, relative to the mean of all, before the exponent.
         balance_bound: balancing changes a coordinate's step by at most this factor, each way.
@@ -101,6 +108,10 @@ class PolicyConfig:
     head_bound: float = 3.0
     gate_bound: float = 4.0
     amplitude_bound: float = 1.5
+    pace_gain: float = 0.05
+    pace_rate: float = 0.002
+    pace_growth: float = 0.01
+    pace_bound: float = 3.0
     balance: float = 0.0
     balance_floor: float = 0.3
     balance_bound: float = 8.0
@@ -138,6 +149,9 @@ class PolicyConfig:
         require(self.step_scale > 0.0, "step_scale", "positive")
         require(0.0 <= self.agreement <= 1.0, "agreement", "in [0, 1]")
         require(0.0 < self.head_bound <= 10.0, "head_bound", "in (0, 10]")
+        for name in ("pace_gain", "pace_rate", "pace_growth"):
+            require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
+        require(0.0 <= self.pace_bound <= 10.0, "pace_bound", "in [0, 10]")
         require(0.0 <= self.balance <= 1.0, "balance", "in [0, 1]")
         require(0.0 <= self.balance_floor <= 100.0, "balance_floor", "in [0, 100]")
         for name in ("gate_bound", "amplitude_bound", "balance_bound"):
@@ -161,7 +175,7 @@ class PolicyConfig:
         """A base mixture that is Adam's direction alone: with zero weights the rule is ``torch.optim.AdamW``."""
         base: dict[str, Any] = {
             "step_scale": 1.0, "momentum_weight": 1.0, "gradient_weight": 0.0, "hidden_weights": (0.0,) * 4,
-            "agreement": 0.0,
+            "agreement": 0.0, "pace_gain": 0.0,
         }  # fmt: skip
         return cls(**{**base, **changes})
 
@@ -171,6 +185,7 @@ class PolicyConfig:
         base: dict[str, Any] = {
             "cell": "gru", "windows": (), "rates": (), "hidden_weights": (), "step_scale": 1.0,
             "momentum_weight": 0.5, "gradient_weight": 0.5, "agreement": 0.0, "amplitude_bound": 20.0,
+            "pace_gain": 0.0, "pace_rate": 0.0,
         }  # fmt: skip
         return cls(**{**base, **changes})
 
@@ -193,6 +208,15 @@ class PolicyConfig:
             )
         if version == 1:  # had no balancing
             values = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0, **values, "format_version": 2}
+        if values.get("format_version") == 2:  # had no pace
+            values = {
+                "pace_gain": 0.0,
+                "pace_rate": 0.0,
+                "pace_growth": 0.01,
+                "pace_bound": 3.0,
+                **values,
+                "format_version": 3,
+            }
         fields = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
         if missing or unknown:
@@ -230,6 +254,7 @@ class Policy(nn.Module):
     weight           shape               what it does
     ===============  ==================  =======================================================
     head             [outputs, context]  step size, mixture and agreement of a tensor
+    pace             [1, context]        what a tensor's step size grows or shrinks by (where ``pace_rate`` is not 0)
     gate_context     [hidden, context]   shifts a tensor's gates (gated cell)
     gate_features    [hidden, features]  shifts a coordinate's gates (gated cell)
     amplitude        [features]          shifts a coordinate's amplitude (gated cell)
@@ -322,12 +347,14 @@ class Policy(nn.Module):
 def expected_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
     """Name and shape of every weight that a policy of this configuration has."""
     context, features, hidden = len(config.context), len(config.features), config.hidden_size
+    pace: dict[str, tuple[int, ...]] = {"pace": (1, context)} if config.pace_rate else {}
     if config.cell == "gated":
         return {
             "head": (config.num_outputs, context),
             "gate_context": (hidden, context),
             "gate_features": (hidden, features),
             "amplitude": (features,),
+            **pace,
         }
     return {
         "head": (config.num_outputs, context),
@@ -335,4 +362,5 @@ def expected_shapes(config: PolicyConfig) -> dict[str, tuple[int, ...]]:
         "gru_hidden": (3 * hidden, hidden),
         "gru_bias": (3 * hidden,),
         "gru_output": (3, hidden),
+        **pace,
     }

@@ -27,7 +27,7 @@ MAX_SIZE = 8.0
 
 
 def guarded(
-    config: PolicyConfig, values: Tensor, numel: Tensor, cosine: Tensor, trust: Tensor
+    config: PolicyConfig, values: Tensor, numel: Tensor, cosine_fast: Tensor, trust: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Move the coefficients of K tensors towards AdamW's.
 
@@ -35,7 +35,7 @@ def guarded(
         config: the policy's.
         values: [C, K], see :func:`learned_optim.update_rule.coefficients`.
         numel: [K], coordinates of each tensor.
-        cosine: [2, K], fast and slow averages, this step's included.
+        cosine_fast: [K], this step's included.
         trust: [K], before this step.
 
     Returns:
@@ -43,7 +43,7 @@ def guarded(
         agreement gate, no balancing. Features are scaled by the trust, so that amplitude and gates fade with it.
     """
     # The cosine of n coordinates of noise is about 1/sqrt(n), its average over some steps half of that.
-    evidence = (0.5 * cosine[0] * numel.sqrt()).clamp(-1.0, 1.0)
+    evidence = (0.5 * cosine_fast * numel.sqrt()).clamp(-1.0, 1.0)
     # A value that is not finite stops here: the step itself says what becomes of it.
     moved = trust + torch.where(evidence > 0.0, GAIN, LOSS) * evidence - DECAY
     trust = torch.nan_to_num(moved, nan=0.0).clamp(0.0, 1.0)

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from learned_optim.backends import MEMORY
 from learned_optim.sharding import is_dtensor
 
 
@@ -53,7 +54,7 @@ def checked(
     sizes = ([len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups])
     if sizes[0] != sizes[1]:
         raise ValueError(f"the state's parameter groups hold {sizes[0]} parameters, the optimizer's hold {sizes[1]}")
-    needed = ["step", *planes, "cosine_fast", "cosine_slow"]
+    needed = ["step", *planes, *MEMORY]
     state = dict(state_dict["state"])
     for key, p in zip(saved_ids, params, strict=True):
         values = state.get(key)

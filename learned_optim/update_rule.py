@@ -8,15 +8,18 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     x  = |n_b|, |n_h|, |n_u|, n_b n_h, n_u n_b, n_u n_h, n_p n_b                     n: value over rms in the tensor
     z_j = min(1, max(1/t, rate_j(t) f(C_j . c) f(W_j . x)))                          gates of the recurrent cell
     h_j = h_j + z_j (u - h_j)                                                        THE HIDDEN STATE
-    d  = s (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                                  mixture times amplitude
+    a  = a + min(delta, gamma cos + rho S . c)                                       pace: the tensor's own state
+    d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                agreement
     d  = d r_i c_j  in row i and column j of a matrix                                balance, where it is wanted
     p' = p - lr weight_decay p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
 :func:`~learned_optim.cells.bounded_ratio`, and s, w, kappa from the tensor head, a linear map of the tensor's context
-c. The floor 1/t makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight lies on
-the initial zero.
+c. The floor 1/t makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight lies on the
+initial zero. The pace a, one number per tensor, adds up the fast cosine between gradient and momentum, and what else
+the context says: steps grow while gradients keep their direction and shrink while they turn (as in hypergradient
+descent, Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent").
 """
 
 from __future__ import annotations
@@ -71,25 +74,31 @@ def coefficients(
     config: PolicyConfig,
     layout: Shapes,
     sums: TensorSums,
-    cosine: Tensor,
+    memory: Tensor,
     step: Spread,
 ) -> tuple[Tensor, Tensor]:
     """The tensor head: from a tensor's sums to its step size, mixture and gates.
 
     Args:
-        cosine: [2, K], fast and slow averages before this step.
+        memory: [3, K], what a tensor keeps from step to step: fast and slow average of the cosine, and its pace.
 
     Returns:
-        [C, K] in float64, in the order of :class:`Coefficients`, and the new [2, K] cosines in their dtype.
+        [C, K] in float64, in the order of :class:`Coefficients`, and the new memory in its dtype.
     """
     stats = statistics(layout, sums)
     decay = stats.cosine.new_tensor(config.cosine_decays).unsqueeze(1)
-    new_cosine = decay * cosine.double() + (1.0 - decay) * stats.cosine
-    context = tensor_context(config, layout, stats, new_cosine, step)
+    cosine = decay * memory[:2].double() + (1.0 - decay) * stats.cosine
+    context = tensor_context(config, layout, stats, cosine, step)
+    pace = memory[2:].double()
+    if config.pace_gain or config.pace_rate:
+        change = config.pace_gain * cosine[:1]
+        if config.pace_rate:
+            change = change + config.pace_rate * _per_column(weights["pace"], context)
+        pace = (pace + change.clamp(max=config.pace_growth)).clamp(-config.pace_bound, config.pace_bound)
 
     head = _per_column(weights["head"], context)  # [outputs, K]
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
-    scale = config.step_scale * log_factor[0].exp()
+    scale = config.step_scale * (log_factor[0] + pace[0]).exp()
     base = context.new_tensor((config.momentum_weight, config.gradient_weight, *config.hidden_weights)).unsqueeze(1)
     mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4:])).exp()
     odds = config.agreement * log_factor[3].exp()
@@ -101,7 +110,7 @@ def coefficients(
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
         rows += [rate * row for rate, row in zip((*growing, *config.rates), shift, strict=True)]
-    return torch.stack(rows), new_cosine.to(cosine.dtype)
+    return torch.stack(rows), torch.cat((cosine, pace)).to(memory.dtype)
 
 
 def _per_column(weight: Tensor, context: Tensor) -> Tensor:
@@ -167,7 +176,7 @@ def update(
     param: Tensor,
     grad: Tensor,
     state: CoordinateState,
-    cosine: Tensor,
+    memory: Tensor,
     step: Spread,
     hyper: Hyperparameters,
     *,
@@ -183,24 +192,24 @@ def update(
         param: [n]; the dtype of this and of all vectors is that of the arithmetic.
         grad: [n].
         state: planes [n]; zeros before the first step.
-        cosine: [2, K]; zeros before the first step.
+        memory: [3, K], see :func:`coefficients`; zeros before the first step.
         step: t >= 1, the number of this update.
         hyper: what the user sets.
         fixed_scale: see :func:`apply`.
         factor: what :func:`balance_factor` returns, [n], where the caller has it already.
 
     Returns:
-        New parameters, state planes and cosines; the inputs are left as they were.
+        New parameters, state planes and memory; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
     sums, square = measure(config, layout, param, grad, state, now)
     if square is not None and factor is None:
         factor = balance_factor(config, layout, square)
-    values, cosine = coefficients(weights, config, layout, sums, cosine, step)
+    values, memory = coefficients(weights, config, layout, sums, memory, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
     scaled = layout if fixed_scale else None
     param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled, factor=factor)
-    return param, state, cosine
+    return param, state, memory
 
 
 def balance_factor(config: PolicyConfig, layout: Layout, square: Tensor) -> Tensor | None:
@@ -215,7 +224,7 @@ def balance_factor(config: PolicyConfig, layout: Layout, square: Tensor) -> Tens
 
 
 def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> tuple[CoordinateState, Tensor]:
-    """State planes like ``param`` and [2, K] cosines, all zero: what every trajectory starts from."""
+    """State planes like ``param`` and a memory [3, K], all zero: what every trajectory starts from."""
     zeros = [torch.zeros_like(param) for _ in range(2 + config.hidden_size)]
-    cosine = torch.zeros(2, num_tensors, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
-    return CoordinateState(zeros[0], zeros[1], tuple(zeros[2:])), cosine
+    memory = torch.zeros(3, num_tensors, dtype=torch.promote_types(param.dtype, torch.float32), device=param.device)
+    return CoordinateState(zeros[0], zeros[1], tuple(zeros[2:])), memory

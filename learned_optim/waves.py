@@ -39,10 +39,10 @@ class Record(NamedTuple):
     places: list[tuple[int, int]]  #: see :class:`~learned_optim.backends.Job`
     steps: list[float]
     hypers: list[Hyperparameters]
-    numel: Tensor  #: [K], and more than K as ``cosine``
+    numel: Tensor  #: [K], and more than K as ``memory``
     sums: TensorSums  #: [K] each
     coefficients: Tensor  #: [C, K]
-    cosine: Tensor  #: [2, K]
+    memory: Tensor  #: [3, K]
     trust: Tensor | None  #: [K], and more, where there is a safeguard
 
 
@@ -69,30 +69,30 @@ class Head:
         self.weights = {name: w.detach().clone() for name, w in policy.weights().items()}
 
     def __call__(self, jobs: list[Job], sums: TensorSums) -> tuple[Tensor, Record]:
-        """[C, len(jobs)] in float64; the jobs' cosines and trusts are updated."""
+        """[C, len(jobs)] in float64; the jobs' memories and trusts are updated."""
         device = sums.u_u.device
         layout = _columns(tuple(job.shape for job in jobs), device)
         missing = layout.numel.numel() - len(jobs)
         padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, missing)).unbind())
-        cosine = torch.zeros(2, len(jobs) + missing, dtype=torch.float64, device=device)
-        for i in range(2):
-            copy_all(list(cosine[i].unbind()[: len(jobs)]), [job.cosine[i] for job in jobs])
+        memory = torch.zeros(3, len(jobs) + missing, dtype=torch.float64, device=device)
+        for i, row in enumerate(memory):
+            copy_all(list(row.unbind()[: len(jobs)]), [job.memory[i] for job in jobs])
         steps = [job.step for job in jobs]
         step = torch.tensor(steps + [1.0] * missing, dtype=torch.float64, device=device)
         weights = {k: w.to(device) for k, w in self.weights.items()}
-        values, cosine = update_rule.coefficients(weights, self.config, layout, padded, cosine, step)
-        for i in range(2):
-            copy_all([job.cosine[i] for job in jobs], list(cosine[i].unbind()[: len(jobs)]))
+        values, memory = update_rule.coefficients(weights, self.config, layout, padded, memory, step)
+        for i, row in enumerate(memory):
+            copy_all([job.memory[i] for job in jobs], list(row.unbind()[: len(jobs)]))
         trust = None
         trusts = [job.trust for job in jobs if job.trust is not None]
         if trusts:
-            trust = torch.zeros_like(cosine[0])
+            trust = torch.zeros_like(memory[0])
             copy_all(list(trust.unbind()[: len(jobs)]), trusts)
-            values, trust = guarded(self.config, values, layout.numel, cosine, trust)
+            values, trust = guarded(self.config, values, layout.numel, memory[0], trust)
             copy_all(trusts, list(trust.unbind()[: len(jobs)]))
         values = values[:, : len(jobs)]
         return values, Record(
-            [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, cosine, trust
+            [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, memory, trust
         )
 
 
@@ -101,7 +101,7 @@ def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
 
 
 def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
-    """Update every job's parameter, planes and cosines in place, as many units at once as ``COPIED`` allows.
+    """Update every job's parameter, planes and memory in place, as many units at once as ``COPIED`` allows.
 
     Args:
         backend: makes the units.

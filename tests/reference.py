@@ -48,7 +48,7 @@ class ReferenceTensor:
         self.t = 0
         self.m, self.v = [0.0] * n, [0.0] * n
         self.h = [[0.0] * self.config.hidden_size for _ in range(n)]
-        self.cosine_fast = self.cosine_slow = 0.0
+        self.cosine_fast = self.cosine_slow = self.pace = 0.0
 
     def step(self, p, g, *, lr, betas, eps, weight_decay):
         """New parameters from ``p`` and gradient ``g``, both lists."""
@@ -68,6 +68,11 @@ class ReferenceTensor:
 
         context = self.context(p, u, b, r, h1)
         scale, weight_b, weight_u, kappa, weight_h = self.head(context)
+        said = dot(self.weights["pace"][0], context) if config.pace_rate > 0.0 else 0.0
+        if config.pace_rate > 0.0 or config.pace_gain > 0.0:
+            self.pace += min(config.pace_gain * self.cosine_fast + config.pace_rate * said, config.pace_growth)
+            self.pace = clamp(self.pace, -config.pace_bound, config.pace_bound)
+            scale *= math.exp(self.pace)
         rates = self.rates(context)
 
         factors = self.factors(u, b, h1)

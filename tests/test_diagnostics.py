@@ -71,6 +71,7 @@ def test_statistics_are_those_of_the_tensors():
         "sparsity": 1 - b.abs().mean() ** 2 / b.square().mean(),
         "cosine": torch.nn.functional.cosine_similarity(u.flatten(), r.flatten(), dim=0),
         "cosine_slow": after["cosine_slow"],
+        "pace": after["log_pace"].exp(),
     }
     for key, value in expected.items():
         assert figures[key] == pytest.approx(value.item(), rel=1e-4), key
@@ -94,10 +95,8 @@ def test_the_estimated_update_is_near_the_real_one():
 
 
 def test_for_a_policy_that_is_adamw_the_ratio_is_one():
-    config = PolicyConfig(step_scale=1.0, momentum_weight=1.0, gradient_weight=0.0, hidden_weights=(0.0,) * 4,
-                          agreement=0.0)  # fmt: skip
     params = leaves((40, 30), (50,))
-    optimizer = make(params, Policy(config))
+    optimizer = make(params, Policy(PolicyConfig.adamw()))
     run(optimizer, params, 20)
     for figures in optimizer.diagnostics().values():
         assert figures["step_size"] == pytest.approx(1.0)

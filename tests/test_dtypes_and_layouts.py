@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import DTYPES, POLICIES, assert_same_bits, assert_same_state, copies, give_gradients, leaves, make, run
 
-from learned_optim import backends, update_rule
+from learned_optim import Policy, PolicyConfig, backends, update_rule
 from learned_optim.cells import Hyperparameters
 from learned_optim.coordinates import Whole
 
@@ -120,10 +120,11 @@ def test_a_complex_parameter_is_the_pair_of_its_parts(policy, shape, maximize):
         assert torch.equal(torch.view_as_real(ours) if ours.is_complex() else ours, value)
 
 
-def test_with_zero_weights_a_complex_parameter_is_like_two_real_ones():
+def test_with_zero_weights_and_no_pace_a_complex_parameter_is_like_two_real_ones():
     z = torch.randn(4, dtype=torch.complex64).requires_grad_()
     parts = [z.real.detach().clone().requires_grad_(), z.imag.detach().clone().requires_grad_()]
-    one, two = make([z], "base"), make(parts, "base")
+    policy = Policy(PolicyConfig(pace_gain=0.0))
+    one, two = make([z], policy), make(parts, policy)
     for step in range(5):
         give_gradients([z], step)
         parts[0].grad, parts[1].grad = z.grad.real.clone(), z.grad.imag.clone()
@@ -241,13 +242,13 @@ def assert_chunks_leave_no_seam(policy, chunk, numel, monkeypatch, dtype=torch.f
     (param,) = leaves((numel,), dtype=dtype)
     optimizer = make([param], policy, lr=0.01, weight_decay=0.1)
     whole = param.detach().clone()
-    state, cosine = update_rule.initial_state(policy.config, whole)
+    state, memory = update_rule.initial_state(policy.config, whole)
     hyper = Hyperparameters(0.01, *policy.config.betas, policy.config.eps, 0.1)
     weights = {k: w.detach() for k, w in policy.weights().items()}
     for t in range(1, steps + 1):
         give_gradients([param], t)
-        whole, state, cosine = update_rule.update(
-            weights, policy.config, Whole((numel,)), whole, param.grad, state, cosine, t, hyper
+        whole, state, memory = update_rule.update(
+            weights, policy.config, Whole((numel,)), whole, param.grad, state, memory, t, hyper
         )
         optimizer.step()
         torch.testing.assert_close(param.detach(), whole, rtol=1e-11, atol=1e-13)

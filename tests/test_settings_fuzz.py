@@ -106,8 +106,14 @@ def test_a_configuration_that_is_accepted_makes_a_policy(changed):
     assert Policy(config).weights()
 
 
-def test_a_configuration_of_the_first_format_has_no_balancing():
-    first = {k: v for k, v in PolicyConfig(balance=0.5).to_dict().items() if not k.startswith("balance")}
-    assert PolicyConfig.from_dict({**first, "format_version": 1}) == PolicyConfig(balance=0.0)
+def test_configurations_of_earlier_formats_have_no_pace_and_in_the_first_no_balancing():
+    second = {k: v for k, v in PolicyConfig(balance=0.5).to_dict().items() if not k.startswith("pace")}
+    assert PolicyConfig.from_dict({**second, "format_version": 2}) == PolicyConfig(
+        balance=0.5, pace_gain=0.0, pace_rate=0.0
+    )
+    first = {k: v for k, v in second.items() if not k.startswith("balance")}
+    assert PolicyConfig.from_dict({**first, "format_version": 1}) == PolicyConfig(
+        balance=0.0, pace_gain=0.0, pace_rate=0.0
+    )
     with pytest.raises(ValueError, match=r"missing keys .*balance"):
         PolicyConfig.from_dict(first)

@@ -39,7 +39,7 @@ def contents(params, optimizer):
     state = [optimizer.state[p] for p in params]
     planes = [s[key] for s in state for key in ("exp_avg", "exp_avg_sq", "hidden_0", "hidden_3")]
     gathered = [t.detach().full_tensor() if isinstance(t, DTensor) else t.detach() for t in (*params, *planes)]
-    return gathered, [s[key] for s in state for key in ("step", "cosine_fast", "cosine_slow")]
+    return gathered, [s[key] for s in state for key in ("step", "cosine_fast", "cosine_slow", "log_pace")]
 
 
 def in_one_process(shapes=SHAPES, **options):

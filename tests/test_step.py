@@ -68,7 +68,7 @@ def test_it_trains_a_network(policy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_descends_the_rosenbrock_valley(policy, dtype):
     p = torch.tensor([1.5, 1.5], dtype=dtype, requires_grad=True)
-    optimizer = make([p], policy, lr=0.01, weight_decay=0.0)
+    optimizer = make([p], policy, lr=0.002, weight_decay=0.0)
     for _ in range(500):
         optimizer.zero_grad()
         ((1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2).backward()
@@ -479,7 +479,7 @@ def test_state_is_made_on_the_first_step_in_the_parameters_shape(policy):
     state = optimizer.state[p]
     planes = [key for key, value in state.items() if value.shape == p.shape]
     assert planes == ["exp_avg", "exp_avg_sq", "hidden_0", "hidden_1", "hidden_2", "hidden_3"]
-    assert {key for key in state if key not in planes} == {"step", "cosine_fast", "cosine_slow"}
+    assert {key for key in state if key not in planes} == {"step", "cosine_fast", "cosine_slow", "log_pace"}
     assert all(state[key].ndim == 0 for key in state if key not in planes)
     assert state["step"] == 1
 

@@ -49,10 +49,10 @@ def assert_follows_reference(policy, shapes, layout, steps=6, hyper=HYPER, sizes
         return torch.cat(padded)
 
     param = pack(tensors)
-    state, cosine = update_rule.initial_state(config, param, len(shapes))
+    state, memory = update_rule.initial_state(config, param, len(shapes))
     for t, grads in enumerate(gradients(shapes, steps, generator), start=1):
-        param, state, cosine = update_rule.update(
-            weights, config, layout, param, pack(grads), state, cosine, t, hyperparameters(**hyper)
+        param, state, memory = update_rule.update(
+            weights, config, layout, param, pack(grads), state, memory, t, hyperparameters(**hyper)
         )
         expected = [
             reference.step(p, g.flatten().tolist(), **hyper)
@@ -60,8 +60,9 @@ def assert_follows_reference(policy, shapes, layout, steps=6, hyper=HYPER, sizes
         ]
         for i, (piece, p) in enumerate(zip(param.split(sizes), expected, strict=True)):
             torch.testing.assert_close(piece[: len(p)], torch.tensor(p, dtype=torch.float64), rtol=1e-11, atol=1e-13)
-            assert cosine[0, i].item() == pytest.approx(references[i].cosine_fast, rel=1e-9, abs=1e-12)
-            assert cosine[1, i].item() == pytest.approx(references[i].cosine_slow, rel=1e-9, abs=1e-12)
+            assert memory[0, i].item() == pytest.approx(references[i].cosine_fast, rel=1e-9, abs=1e-12)
+            assert memory[1, i].item() == pytest.approx(references[i].cosine_slow, rel=1e-9, abs=1e-12)
+            assert memory[2, i].item() == pytest.approx(references[i].pace, rel=1e-9, abs=1e-12)
     for i, reference in enumerate(references):
         planes = [reference.m, reference.v, *zip(*reference.h, strict=True)]
         for plane, values in zip((state.exp_avg, state.exp_avg_sq, *state.hidden), planes, strict=True):
@@ -100,6 +101,10 @@ def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed)
         {"feature_bound": 0.5, "context_bound": 0.2, "head_bound": 0.1},
         {"gate_bound": 1.0, "amplitude_bound": 1.0},
         {"cosine_decays": (0.0, 0.5)},
+        {"pace_rate": 0.0},
+        {"pace_gain": 0.0},
+        {"pace_gain": 0.0, "pace_rate": 0.0},
+        {"pace_rate": 0.5, "pace_growth": 0.2, "pace_bound": 0.3},
         {"balance": 0.25},
         {"balance": 1.0, "balance_floor": 0.0, "balance_bound": 1.2},
     ],
@@ -131,28 +136,28 @@ def test_step_equals_the_pure_rule(name, shape):
     (param,) = leaves(shape, dtype=torch.float64)
     optimizer = make([param], name, lr=0.01, weight_decay=0.1)
     flat = param.detach().clone().view(-1)
-    state, cosine = update_rule.initial_state(policy.config, flat)
+    state, memory = update_rule.initial_state(policy.config, flat)
     hyper = Hyperparameters(0.01, *policy.config.betas, policy.config.eps, 0.1)
     weights = {k: w.detach() for k, w in policy.weights().items()}
     for t in range(1, 6):
         give_gradients([param], t)
-        flat, state, cosine = update_rule.update(
-            weights, policy.config, Whole(shape), flat, param.grad.view(-1), state, cosine, t, hyper
+        flat, state, memory = update_rule.update(
+            weights, policy.config, Whole(shape), flat, param.grad.view(-1), state, memory, t, hyper
         )
         optimizer.step()
         torch.testing.assert_close(param.detach().view(-1), flat, rtol=1e-12, atol=1e-14)
-        torch.testing.assert_close(optimizer.state[param]["cosine_slow"], cosine[1, 0], rtol=1e-12, atol=1e-14)
+        torch.testing.assert_close(optimizer.state[param]["cosine_slow"], memory[1, 0], rtol=1e-12, atol=1e-14)
 
 
 def test_the_rule_leaves_its_inputs_as_they_were():
     policy = random_policy()
     param, grad = torch.randn(5), torch.randn(5)
-    state, cosine = update_rule.initial_state(policy.config, param)
-    before = [x.clone() for x in (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, cosine)]
+    state, memory = update_rule.initial_state(policy.config, param)
+    before = [x.clone() for x in (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, memory)]
     update_rule.update(
-        policy.weights(), policy.config, Whole((5,)), param, grad, state, cosine, 1, hyperparameters(**HYPER)
+        policy.weights(), policy.config, Whole((5,)), param, grad, state, memory, 1, hyperparameters(**HYPER)
     )
-    after = (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, cosine)
+    after = (param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden, memory)
     assert all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
 
@@ -161,13 +166,13 @@ def test_every_meta_parameter_has_a_finite_gradient_that_is_not_zero(config):
     policy = random_policy(config, std=0.05)
     weights = {k: w.detach().clone().requires_grad_() for k, w in policy.weights().items()}
     param = torch.randn(12, dtype=torch.float64)
-    state, cosine = update_rule.initial_state(policy.config, param)
+    state, memory = update_rule.initial_state(policy.config, param)
     generator = torch.Generator().manual_seed(0)
     total = torch.zeros((), dtype=torch.float64)
     for t in range(1, 61):
         grad = torch.randn(12, generator=generator, dtype=torch.float64) + 0.3
-        param, state, cosine = update_rule.update(
-            weights, policy.config, Whole((3, 4)), param, grad, state, cosine, t, hyperparameters(**HYPER)
+        param, state, memory = update_rule.update(
+            weights, policy.config, Whole((3, 4)), param, grad, state, memory, t, hyperparameters(**HYPER)
         )
         total = total + (param * torch.arange(12)).sum()
     total.backward()
@@ -187,10 +192,10 @@ def test_gradients_through_the_rule_are_those_of_finite_differences():
 
     def final(*weights):
         param = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64)
-        state, cosine = update_rule.initial_state(policy.config, param)
+        state, memory = update_rule.initial_state(policy.config, param)
         for t, grad in enumerate(grads, start=1):
-            param, state, cosine = update_rule.update(
-                dict(zip(names, weights, strict=True)), policy.config, Whole((2, 3)), param, grad, state, cosine, t,
+            param, state, memory = update_rule.update(
+                dict(zip(names, weights, strict=True)), policy.config, Whole((2, 3)), param, grad, state, memory, t,
                 hyperparameters(**HYPER),
             )  # fmt: skip
         return param
@@ -203,15 +208,15 @@ def test_the_first_hidden_unit_is_the_mean_of_the_normalised_gradients_over_a_gr
     """With k = 1 the window grows with t: h_1 is the plain mean of all u so far."""
     policy = Policy(PolicyConfig(windows=(1.0, 16.0)))
     param = torch.zeros(4, dtype=torch.float64)
-    state, cosine = update_rule.initial_state(policy.config, param)
+    state, memory = update_rule.initial_state(policy.config, param)
     seen = []
     for t in range(1, 20):
         grad = torch.randn(4, dtype=torch.float64)
         v = 0.999 * state.exp_avg_sq + 0.001 * grad**2
         seen.append(grad / ((v / (1 - 0.999**t)).sqrt() + 1e-8))
-        _, state, cosine = update_rule.update(
+        _, state, memory = update_rule.update(
             {k: w.detach() for k, w in policy.weights().items()}, policy.config, Whole((4,)), param, grad, state,
-            cosine, t, Hyperparameters(0.0, 0.9, 0.999, 1e-8, 0.0),
+            memory, t, Hyperparameters(0.0, 0.9, 0.999, 1e-8, 0.0),
         )  # fmt: skip
         torch.testing.assert_close(state.hidden[0], torch.stack(seen).mean(0), rtol=1e-12, atol=1e-14)
 
@@ -222,11 +227,11 @@ def test_padding_between_tensors_stays_zero():
     param = torch.zeros(32)
     param[:3], param[16:20] = 1.0, -1.0
     grad = param.clone()
-    state, cosine = update_rule.initial_state(policy.config, param, 2)
+    state, memory = update_rule.initial_state(policy.config, param, 2)
     weights = {k: w.detach() for k, w in policy.weights().items()}
     for t in (1, 2, 3):
-        param, state, cosine = update_rule.update(
-            weights, policy.config, layout, param, grad, state, cosine, t, hyperparameters(**HYPER)
+        param, state, memory = update_rule.update(
+            weights, policy.config, layout, param, grad, state, memory, t, hyperparameters(**HYPER)
         )
     assert isinstance(state, CoordinateState)
     for plane in (param, state.exp_avg, state.exp_avg_sq, *state.hidden):

@@ -5,8 +5,10 @@ row                         the policy
 ==========================  ==============================================================================
 mixture alone               all weights zero: the base mixture of the configuration
 + tensor head               the head's weights, the others zero
-+ learned gates             head and gates (or head and GRU, for ``cell="gru"``)
++ learned pace              head and pace
++ learned gates             those and the gates (or those and the GRU, for ``cell="gru"``)
 + amplitude                 all weights: the policy itself
+without pace                the policy, the pace of every tensor held at 1
 hidden state reset          the policy, its hidden state zeroed before every step
 hidden state without        the policy, with averages over one step: the hidden state is the present gradient,
 memory                      normalised
@@ -19,8 +21,9 @@ None is trained again: parts that were learned together may rely on each other.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -73,16 +76,22 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     Raises:
         ValueError: ``gru`` has another cell.
     """
-    gated = policy.config.cell == "gated"
+    config = policy.config
+    gated = config.cell == "gated"
     rows = [
         Ablation("mixture alone", with_parts(policy, ())),
         Ablation("+ tensor head", with_parts(policy, ["tensor_head"])),
     ]
+    if config.pace_rate:
+        rows.append(Ablation("+ learned pace", with_parts(policy, ["tensor_head", "pace"])))
     if gated:
-        rows.append(Ablation("+ learned gates", with_parts(policy, ["tensor_head", "gates"])))
+        rows.append(Ablation("+ learned gates", with_parts(policy, ["tensor_head", "pace", "gates"])))
         rows.append(Ablation("+ amplitude", policy))
     else:
         rows.append(Ablation("+ GRU", policy))
+    if config.pace_gain or config.pace_rate:
+        rest = {name: w for name, w in policy.weights().items() if name != "pace"}
+        rows.append(Ablation("without pace", _with(policy, rest, pace_gain=0.0, pace_rate=0.0)))
     rows.append(Ablation("hidden state reset", policy, "reset"))
     notes = []
     if gated:
@@ -100,7 +109,7 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     return rows, notes
 
 
-def _with(policy: Policy, weights: dict[str, torch.Tensor]) -> Policy:
-    other = Policy(policy.config, generator=torch.Generator(), source=policy.source)
+def _with(policy: Policy, weights: dict[str, torch.Tensor], **changes: Any) -> Policy:
+    other = Policy(dataclasses.replace(policy.config, **changes), generator=torch.Generator(), source=policy.source)
     other.load_state_dict({name: w.detach().clone() for name, w in weights.items()})
     return other

@@ -54,7 +54,7 @@ def compiled_update(
     param: Tensor,
     grad: Tensor,
     state: CoordinateState,
-    cosine: Tensor,
+    memory: Tensor,
     step: Spread,
     hyper: Hyperparameters,
     *,
@@ -71,12 +71,12 @@ def compiled_update(
         # compiled again.
         constants = () if grad.requires_grad else (1, 2, 3)
         planes = [t if i in constants else _tracked(t) for i, t in enumerate(planes)]
-        cosine = _tracked(cosine)
+        memory = _tracked(memory)
     owner = layout.owner[::ROW].contiguous()
     factor = _factor(config, layout, planes, step, hyper)
     for t in (*planes, *factor, owner, layout.numel):
         torch._dynamo.maybe_mark_dynamic(t, 0)
-    for t in (cosine, layout.shape_context):
+    for t in (memory, layout.shape_context):
         torch._dynamo.maybe_mark_dynamic(t, 1)
     # Numbers would be compiled in.
     numbers = [torch.tensor(float(x), dtype=torch.float64) for x in (step, *hyper)]
@@ -86,8 +86,8 @@ def compiled_update(
     with warnings.catch_warnings():
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        (param, m, v, *hidden), cosine = run(names, values, planes, cosine, owner, *shapes, numbers, factor)
-    return param, CoordinateState(m, v, tuple(hidden)), cosine
+        (param, m, v, *hidden), memory = run(names, values, planes, memory, owner, *shapes, numbers, factor)
+    return param, CoordinateState(m, v, tuple(hidden)), memory
 
 
 def _factor(
@@ -119,7 +119,7 @@ def _on_rows(
     names: tuple[str, ...],
     values: tuple[Tensor, ...],
     planes: list[Tensor],
-    cosine: Tensor,
+    memory: Tensor,
     owner: Tensor,
     numel: Tensor,
     shape_context: Tensor,
@@ -129,10 +129,10 @@ def _on_rows(
     param, grad, m, v, *hidden = (t.view(-1, ROW) for t in planes)
     step, *hyper = numbers
     layout: Any = _RowSegments(owner, numel, shape_context)
-    param, state, cosine = update(
+    param, state, memory = update(
         dict(zip(names, values, strict=True)), config, layout, param, grad, CoordinateState(m, v, tuple(hidden)),
-        cosine, step, Hyperparameters(*hyper), fixed_scale=fixed_scale,
+        memory, step, Hyperparameters(*hyper), fixed_scale=fixed_scale,
         factor=factor[0].view(-1, ROW) if factor else None,
     )  # fmt: skip
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
-    return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], cosine
+    return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], memory

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Estimator = Literal["backprop", "es", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
-Part = Literal["step_size", "averaging", "agreement", "tensor_head", "gates", "amplitude", "gru"]
+Part = Literal["pace", "step_size", "averaging", "agreement", "tensor_head", "gates", "amplitude", "gru"]
 
 #: Parts of the tensor head, thirteen numbers each: in which direction they move its outputs, which are the logarithms
 #: of step size, weights of momentum and gradient, odds of the agreement gate, and weights of the hidden units.
@@ -35,10 +35,10 @@ class MetaTrainConfig:
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
             random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
-        parts: parts of the policy that are learned. Three are parts of the tensor head with few numbers, which ``es``
-            finds in a fraction of the time: ``step_size``, ``averaging`` (the long average against momentum and
-            gradient) and ``agreement``. Empty means ``step_size`` for ``es`` and ``pes`` where the cell is gated, and
-            all that the policy has otherwise.
+        parts: parts of the policy that are learned. Four have few numbers, which ``es`` finds in a fraction of the
+            time: ``pace`` (what a tensor's step size grows or shrinks by), and parts of the tensor head ``step_size``,
+            ``averaging`` (the long average against momentum and gradient) and ``agreement``. Empty means ``pace`` and
+            ``step_size`` for ``es`` and ``pes`` where the cell is gated, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
@@ -150,7 +150,7 @@ class MetaTrainConfig:
             return self
         few = self.estimator in ("es", "pes") and cell == "gated"
         everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part not in HEAD_DIRECTIONS)
-        return dataclasses.replace(self, parts=("step_size",) if few else everything)
+        return dataclasses.replace(self, parts=("pace", "step_size") if few else everything)
 
     @property
     def head_directions(self) -> tuple[tuple[float, ...], ...]:

@@ -32,7 +32,7 @@ class InnerState(NamedTuple):
 
     params: Tensor  #: [n]
     planes: CoordinateState  #: [n] each
-    cosine: Tensor  #: [2, K]
+    memory: Tensor  #: [3, K]
     step: int  #: inner steps made
     buffers: Tensors
 
@@ -42,7 +42,7 @@ class InnerState(NamedTuple):
             self.planes.exp_avg.detach(), self.planes.exp_avg_sq.detach(), tuple(h.detach() for h in self.planes.hidden)
         )
         buffers = {name: b.detach().clone() for name, b in self.buffers.items()}
-        return InnerState(self.params.detach(), planes, self.cosine.detach(), self.step, buffers)
+        return InnerState(self.params.detach(), planes, self.memory.detach(), self.step, buffers)
 
 
 class Problem:
@@ -75,10 +75,10 @@ class Problem:
         vector = self.flatten(self._params) if params is None else params
         if vector.numel() != sum(self.layout.sizes):
             raise ValueError(OTHER_PARAMETERS.format(self.task.name))
-        planes, cosine = initial_state(config, vector.detach(), len(self.shapes))
+        planes, memory = initial_state(config, vector.detach(), len(self.shapes))
         if self.warm is not None:
             planes = planes._replace(exp_avg_sq=self.flatten(self.warm.second_moments).to(planes.exp_avg_sq))
-        return InnerState(vector, planes, cosine, 0, {k: b.clone() for k, b in self._buffers.items()})
+        return InnerState(vector, planes, memory, 0, {k: b.clone() for k, b in self._buffers.items()})
 
     def flatten(self, params: Tensors) -> Tensor:
         """Named tensors -> [n]."""

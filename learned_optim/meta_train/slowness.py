@@ -19,7 +19,7 @@ TIMES = (0.25, 0.35, 0.5, 0.7, 1.0)
 MIN_SLOPE = 0.1
 
 #: Of the difference at each time, so that a divergence counts as slow and not as infinite.
-BOUND = 3.0
+BOUND = 1.5
 
 
 def log_loss(loss: float) -> float:

@@ -99,7 +99,7 @@ class Running:
         """Plain values and tensors, from which :meth:`restored` continues bit for bit."""
         states = [
             {"params": s.params, "exp_avg": s.planes.exp_avg, "exp_avg_sq": s.planes.exp_avg_sq,
-             "hidden": list(s.planes.hidden), "cosine": s.cosine, "step": s.step, "buffers": dict(s.buffers)}
+             "hidden": list(s.planes.hidden), "memory": s.memory, "step": s.step, "buffers": dict(s.buffers)}
             for s in self.states
         ]  # fmt: skip
         return {"slot": self.slot, "begun_at": self.begun_at, "states": states, "reference": self.reference,
@@ -111,6 +111,6 @@ class Running:
         running = cls(saved["slot"], plan, saved["begun_at"], saved["compiled"])
         for s in saved["states"]:
             planes = CoordinateState(s["exp_avg"], s["exp_avg_sq"], tuple(s["hidden"]))
-            running.states.append(InnerState(s["params"], planes, s["cosine"], s["step"], s["buffers"]))
+            running.states.append(InnerState(s["params"], planes, s["memory"], s["step"], s["buffers"]))
         running.reference, running.accumulated = saved["reference"], saved["accumulated"]
         return running

@@ -82,7 +82,7 @@ def _steps(
     options: UnrollOptions,
 ) -> tuple[InnerState, Tensor]:
     """The inner loop: gradient, update, gradient, update, ...; each gradient serves as the last loss's derivative."""
-    params, planes, cosine, step, buffers = state
+    params, planes, memory, step, buffers = state
     run_update = compiled_update if problem.compiled else update
     losses = []
     last = len(batches) - 1
@@ -102,11 +102,11 @@ def _steps(
             buffers = seen  # pyright: ignore[reportPossiblyUnboundVariable]
             break
         step += 1
-        params, planes, cosine = run_update(
-            weights, config, problem.layout, params, grad, planes, cosine, float(problem.steps_before + step), hyper,
+        params, planes, memory = run_update(
+            weights, config, problem.layout, params, grad, planes, memory, float(problem.steps_before + step), hyper,
             fixed_scale=options.fixed_scale,
         )  # fmt: skip
-    return InnerState(params, planes, cosine, step, buffers), torch.stack(losses)
+    return InnerState(params, planes, memory, step, buffers), torch.stack(losses)
 
 
 def _meta_view(params: Tensor, loss: Tensor, grad: Tensor, options: UnrollOptions) -> Tensor:
@@ -147,22 +147,22 @@ def _recomputed(
 
     def run(tensors: Sequence[Tensor], recompute: bool) -> tuple[Tensor, ...]:
         theta = dict(zip(names, tensors, strict=False))
-        params, cosine, exp_avg, exp_avg_sq, *hidden = tensors[len(names) :]
+        params, memory, exp_avg, exp_avg_sq, *hidden = tensors[len(names) :]
         planes = CoordinateState(exp_avg, exp_avg_sq, tuple(hidden))
-        begin = InnerState(params, planes, cosine, state.step, {k: b.clone() for k, b in state.buffers.items()})
+        begin = InnerState(params, planes, memory, state.step, {k: b.clone() for k, b in state.buffers.items()})
         if recompute and len(batches) > 2:
             end, losses = unroll(theta, config, problem, begin, batches, hyper, options._replace(segment=1))
         else:
             end, losses = _steps(theta, config, problem, begin, batches, hyper, options)
         if not after:
             after.append((end.step, end.buffers))
-        return losses, end.params, end.cosine, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden
+        return losses, end.params, end.memory, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden
 
     planes = state.planes
-    inputs = (state.params, state.cosine, planes.exp_avg, planes.exp_avg_sq, *planes.hidden)
-    losses, params, cosine, exp_avg, exp_avg_sq, *hidden = _Recompute.apply(run, *weights.values(), *inputs)  # pyright: ignore
+    inputs = (state.params, state.memory, planes.exp_avg, planes.exp_avg_sq, *planes.hidden)
+    losses, params, memory, exp_avg, exp_avg_sq, *hidden = _Recompute.apply(run, *weights.values(), *inputs)  # pyright: ignore
     step, buffers = after[0]
-    return InnerState(params, CoordinateState(exp_avg, exp_avg_sq, tuple(hidden)), cosine, step, buffers), losses
+    return InnerState(params, CoordinateState(exp_avg, exp_avg_sq, tuple(hidden)), memory, step, buffers), losses
 
 
 class _Recompute(torch.autograd.Function):

@@ -240,6 +240,13 @@ def test_ablations_take_parts_away_and_leave_the_policy_alone() -> None:
     head = by_name["+ tensor head"].policy.weights()
     assert torch.equal(head["head"], policy.weights()["head"])
     assert not head["amplitude"].any()
+    assert not head["pace"].any()
+    pace = by_name["+ learned pace"].policy.weights()
+    assert torch.equal(pace["pace"], policy.weights()["pace"])
+    assert not pace["gate_features"].any()
+    without = by_name["without pace"].policy
+    assert without.config.pace_gain == without.config.pace_rate == 0.0
+    assert torch.equal(without.weights()["amplitude"], policy.weights()["amplitude"])
     gates = by_name["+ learned gates"].policy.weights()
     assert torch.equal(gates["gate_features"], policy.weights()["gate_features"])
     assert not gates["amplitude"].any()

@@ -116,9 +116,16 @@ def test_a_policy_is_fine_tuned_from_a_folder(tmp_path):
 
 
 def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
-    assert settings(parts=(), estimator="es").with_parts("gated").parts == ("step_size",)
-    assert settings(parts=(), estimator="es").with_parts("gru").parts == ("tensor_head", "gates", "amplitude", "gru")
+    assert settings(parts=(), estimator="es").with_parts("gated").parts == ("pace", "step_size")
+    assert settings(parts=(), estimator="es").with_parts("gru").parts == (
+        "pace",
+        "tensor_head",
+        "gates",
+        "amplitude",
+        "gru",
+    )
     assert settings(parts=(), estimator="backprop").with_parts("gated").parts == (
+        "pace",
         "tensor_head",
         "gates",
         "amplitude",
@@ -127,6 +134,7 @@ def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
     last = train(settings(parts=())).last
     assert last.head[0].abs().max() > 0
     assert last.head[1:].abs().max() == 0
+    assert last.pace.abs().max() > 0
 
 
 def test_only_the_named_parts_are_learned():

@@ -127,11 +127,11 @@ def slow_first_order(policy, task, steps=7):
         loss = task.loss(leaf, buffers, batch)
         grads = torch.autograd.grad(loss, list(leaf.values()), allow_unused=True, materialize_grads=True)
         for (n, p), g in zip(params.items(), grads, strict=True):
-            planes, cosine = state[n]
-            new, planes, cosine = update(
-                weights, config, Whole(p.shape), p.reshape(-1), g.reshape(-1), planes, cosine, float(t), HYPER
+            planes, memory = state[n]
+            new, planes, memory = update(
+                weights, config, Whole(p.shape), p.reshape(-1), g.reshape(-1), planes, memory, float(t), HYPER
             )
-            params[n], state[n] = new.view(p.shape), (planes, cosine)
+            params[n], state[n] = new.view(p.shape), (planes, memory)
         after = {name: b.clone() for name, b in buffers.items()}
         losses.append(task.loss(params, after, batches[t]))
     value = torch.stack(losses).log().mean()
