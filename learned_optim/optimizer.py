@@ -42,7 +42,7 @@ class LearnedOptimizer(Optimizer):
             x   = features of the coordinate: u, b, h_1, p over their rms
             z_j = clamp(rate_j f(W_j x), 1/t, 1)
             h_j = h_j + z_j (u - h_j)                                               recurrent, 4 per coordinate
-            a   = a + min(delta, gamma cos + rho S c)                               pace, recurrent too
+            a   = clamp(a + min(delta, gamma cos + rho S c), -alpha, alpha)         pace, recurrent too
             d   = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q x)
             d   = (1 - kappa) d where d u < 0
             p   = p - lr weight_decay p - lr d

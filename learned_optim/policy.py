@@ -77,7 +77,8 @@ class PolicyConfig:
         pace_rate: ... and per unit of what its weights say of the context; 0 does without weights.
         pace_growth: the logarithm of the pace grows by at most this in a step; that it has grown too far shows in the
             gradients some steps later only.
-        pace_bound: the pace stays within exp(+-pace_bound).
+        pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
+            turn against each other whatever the step size: what they add up to in a long run must stay harmless.
         balance: exponent of the balancing of rows and columns, see :mod:`learned_optim.balance`; 0 does without.
         balance_floor: of a row's, or a column's, mean square, relative to the mean of all, before the exponent.
         balance_bound: balancing changes a coordinate's step by at most this factor, each way.
@@ -111,7 +112,7 @@ class PolicyConfig:
     pace_gain: float = 0.05
     pace_rate: float = 0.002
     pace_growth: float = 0.01
-    pace_bound: float = 3.0
+    pace_bound: float = 0.7
     balance: float = 0.0
     balance_floor: float = 0.3
     balance_bound: float = 8.0
@@ -209,14 +210,8 @@ class PolicyConfig:
         if version == 1:  # had no balancing
             values = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0, **values, "format_version": 2}
         if values.get("format_version") == 2:  # had no pace
-            values = {
-                "pace_gain": 0.0,
-                "pace_rate": 0.0,
-                "pace_growth": 0.01,
-                "pace_bound": 3.0,
-                **values,
-                "format_version": 3,
-            }
+            without = {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
+            values = {**without, **values, "format_version": 3}
         fields = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
         if missing or unknown:

@@ -8,7 +8,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     x  = |n_b|, |n_h|, |n_u|, n_b n_h, n_u n_b, n_u n_h, n_p n_b                     n: value over rms in the tensor
     z_j = min(1, max(1/t, rate_j(t) f(C_j . c) f(W_j . x)))                          gates of the recurrent cell
     h_j = h_j + z_j (u - h_j)                                                        THE HIDDEN STATE
-    a  = a + min(delta, gamma cos + rho S . c)                                       pace: the tensor's own state
+    a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha)                 pace: the tensor's own state
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                agreement
     d  = d r_i c_j  in row i and column j of a matrix                                balance, where it is wanted

@@ -70,7 +70,8 @@ class ReferenceTensor:
         scale, weight_b, weight_u, kappa, weight_h = self.head(context)
         said = dot(self.weights["pace"][0], context) if config.pace_rate > 0.0 else 0.0
         if config.pace_rate > 0.0 or config.pace_gain > 0.0:
-            self.pace += min(config.pace_gain * self.cosine_fast + config.pace_rate * said, config.pace_growth)
+            change = min(config.pace_gain * self.cosine_fast + config.pace_rate * said, config.pace_growth)
+            self.pace += change
             self.pace = clamp(self.pace, -config.pace_bound, config.pace_bound)
             scale *= math.exp(self.pace)
         rates = self.rates(context)

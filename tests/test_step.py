@@ -68,7 +68,7 @@ def test_it_trains_a_network(policy):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_it_descends_the_rosenbrock_valley(policy, dtype):
     p = torch.tensor([1.5, 1.5], dtype=dtype, requires_grad=True)
-    optimizer = make([p], policy, lr=0.002, weight_decay=0.0)
+    optimizer = make([p], policy, lr=0.01, weight_decay=0.0)
     for _ in range(500):
         optimizer.zero_grad()
         ((1 - p[0]) ** 2 + 100 * (p[1] - p[0] ** 2) ** 2).backward()
