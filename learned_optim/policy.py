@@ -207,7 +207,7 @@ class PolicyConfig:
                 f"made for policy format {version}, this learned_optim reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U learned-optim`"
             )
-        if version == 1:  # had no balancing
+        if type(version) is int and version == 1:  # had no balancing; True would be equal
             values = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0, **values, "format_version": 2}
         if values.get("format_version") == 2:  # had no pace
             without = {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}

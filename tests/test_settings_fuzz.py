@@ -117,3 +117,5 @@ def test_configurations_of_earlier_formats_have_no_pace_and_in_the_first_no_bala
     )
     with pytest.raises(ValueError, match=r"missing keys .*balance"):
         PolicyConfig.from_dict(first)
+    with pytest.raises(ValueError, match=r"'format_version' must hold int, found True"):
+        PolicyConfig.from_dict({**PolicyConfig().to_dict(), "format_version": True})
