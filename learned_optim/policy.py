@@ -109,7 +109,7 @@ class PolicyConfig:
     head_bound: float = 3.0
     gate_bound: float = 4.0
     amplitude_bound: float = 1.5
-    pace_gain: float = 0.05
+    pace_gain: float = 0.0
     pace_rate: float = 0.002
     pace_growth: float = 0.01
     pace_bound: float = 0.7
@@ -176,7 +176,7 @@ class PolicyConfig:
         """A base mixture that is Adam's direction alone: with zero weights the rule is ``torch.optim.AdamW``."""
         base: dict[str, Any] = {
             "step_scale": 1.0, "momentum_weight": 1.0, "gradient_weight": 0.0, "hidden_weights": (0.0,) * 4,
-            "agreement": 0.0, "pace_gain": 0.0,
+            "agreement": 0.0,
         }  # fmt: skip
         return cls(**{**base, **changes})
 
@@ -186,7 +186,7 @@ class PolicyConfig:
         base: dict[str, Any] = {
             "cell": "gru", "windows": (), "rates": (), "hidden_weights": (), "step_scale": 1.0,
             "momentum_weight": 0.5, "gradient_weight": 0.5, "agreement": 0.0, "amplitude_bound": 20.0,
-            "pace_gain": 0.0, "pace_rate": 0.0,
+            "pace_rate": 0.0,
         }  # fmt: skip
         return cls(**{**base, **changes})
 

@@ -62,7 +62,7 @@ def test_with_adams_mixture_it_is_adamw_for_any_hyperparameters(lr, beta1, beta2
 def test_it_follows_the_gradient_point_of_schedule_free_adamw(seed):
     config = PolicyConfig(
         windows=(2.0, 16.0), step_scale=1.0, momentum_weight=0.0, gradient_weight=0.1,
-        hidden_weights=(0.45, 0.0, 0.0, 0.0), agreement=0.0, pace_gain=0.0,
+        hidden_weights=(0.45, 0.0, 0.0, 0.0), agreement=0.0,
     )  # fmt: skip
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(512, 20, generator=generator) * torch.logspace(0, -1, 20)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from support import copies, give_gradients, leaves, make, run
 from torch.optim import AdamW
 
-from learned_optim import Policy, PolicyConfig
+from learned_optim import PolicyConfig
 from learned_optim.kernels import find_compiler
 from learned_optim.safeguard import DOUBT, MAX_SIZE, guarded
 from learned_optim.update_rule import named_coefficients
@@ -50,8 +50,7 @@ def test_gradients_that_turn_against_every_step_keep_the_steps_adamws():
 
 def test_gradients_that_agree_give_the_step_to_the_rule():
     params, free = leaves((6, 4)), leaves((6, 4))
-    policy = Policy(PolicyConfig(pace_gain=0.0))  # whose pace would exceed what the safeguard lets through
-    ours, rule = make(params, policy, lr=1e-3, safeguard=True), make(free, policy, lr=1e-3)
+    ours, rule = make(params, policy="base", lr=1e-3, safeguard=True), make(free, policy="base", lr=1e-3)
     for _ in range(60):
         for optimizer, tensors in ((ours, params), (rule, free)):
             give_gradients(tensors, 0)
