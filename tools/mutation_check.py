@@ -54,6 +54,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         'if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:',
         'if getattr(p, "_fsdp_flattened", False) and key not in saved["state"]:',
     ): "Noticed by the test of classic FSDP in `test_parallel_training.py`, which takes too long to be run here.",
+    (
+        "optimizer.py",
+        'own = [name for name in values if name in (*MEMORY, "trust")]',
+        'own = [name for name in values if name not in (*MEMORY, "trust")]',
+    ): "Noticed by the test of classic FSDP in `test_parallel_training.py`, which takes too long to be run here.",
     ("meta_train/unroll.py", "segment: int = 0", "segment: int = 1"): (
         "The same numbers: segments only say what is kept in memory."
     ),

@@ -151,6 +151,15 @@ def test_a_folder_with_a_run_is_refused_without_resume(tmp_path):
     assert final_bytes(tmp_path) == before
 
 
+@pytest.mark.parametrize("left", ["checkpoint.pt", "metrics.jsonl"])
+def test_what_is_left_of_a_run_is_refused_without_resume_too(left, tmp_path):
+    train(settings(outer_steps=2), tmp_path / "whole")
+    (tmp_path / "part").mkdir()
+    shutil.copy(tmp_path / "whole" / left, tmp_path / "part")
+    with pytest.raises(FileExistsError, match="already holds a run"):
+        train(settings(outer_steps=2), tmp_path / "part")
+
+
 def test_a_checkpoint_of_other_settings_is_refused_and_they_are_named(tmp_path):
     train(settings(), tmp_path)
     with pytest.raises(ValueError, match=r"sigma: 0.1 -> 0.2"):
