@@ -164,6 +164,11 @@ class Squares:
                 column += begin[job.place] + sizes[0]
                 self._views[job.place] = vector[row : row + rows], vector[column : column + job.param.numel() // rows]
 
+    @staticmethod
+    def size(config: PolicyConfig, shapes: Iterable[Sequence[int]]) -> int:
+        """Length of the vector for tensors of these shapes; 0 where nothing is balanced."""
+        return sum(lengths_of(shapes)) if config.balance else 0
+
     def shares(self, config: PolicyConfig) -> Squares:
         """From sums of squares to shares."""
         return Squares(self.shapes, self.jobs, shares(config, self.vector, self._lengths))

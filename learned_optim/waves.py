@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.balance import Squares, lengths_of
+from learned_optim.balance import Squares
 from learned_optim.cells import Hyperparameters
 from learned_optim.coordinates import tensor_shape_context
 from learned_optim.features import TensorSums
@@ -122,7 +122,7 @@ def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
 def _run_wave(head: Head, wave: list[Unit]) -> Record:
     jobs = [job for unit in wave for job in unit.jobs]
     squares = None
-    if head.config.balance and (size := sum(lengths_of(job.shape for job in jobs))):
+    if size := Squares.size(head.config, (job.shape for job in jobs)):
         zeros = torch.zeros(size, dtype=torch.float64, device=jobs[0].param.device)
         squares = Squares({job.place: job.shape for job in jobs}, jobs, zeros)
     sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure(squares) for unit in wave), strict=True)))
@@ -152,11 +152,11 @@ def run_shards(
         add_up: adds the other processes' sums, a vector in float64, in place. Called once, whatever the jobs.
     """
     columns = {place: number for number, place in enumerate(shapes)}
-    size = sum(lengths_of(shapes.values())) if backend.head.config.balance else 0
+    of_squares = Squares.size(backend.head.config, shapes.values())
     of_tensors = len(TensorSums._fields) * len(columns)
-    both = torch.zeros(of_tensors + size, dtype=torch.float64, device=device)
+    both = torch.zeros(of_tensors + of_squares, dtype=torch.float64, device=device)
     sums = both[:of_tensors].view(-1, len(columns))
-    squares = Squares(shapes, jobs, both[of_tensors:]) if size else None
+    squares = Squares(shapes, jobs, both[of_tensors:]) if of_squares else None
     kept: list[Unit] = []
     copied = 0
     for unit, size in backend.units(jobs):

@@ -287,12 +287,9 @@ class _Run:
         }
         results = {"training": training}
         if config.validate_every:
-            results["validation"] = {
-                "tasks": sorted(self.before),
-                "mean_log_loss_change" if config.held_out else "mean_log_time_change": self.best_value
-                if name == "best"
-                else None,
-            }
+            change = "mean_log_loss_change" if config.held_out else "mean_log_time_change"
+            value = self.best_value if name == "best" else None
+            results["validation"] = {"tasks": sorted(self.before), change: value}
         save_policy(policy, folder.path / name, results=results)
         if init is not None:
             from safetensors.torch import save_file

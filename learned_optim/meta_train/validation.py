@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 from learned_optim.cells import Hyperparameters
@@ -69,5 +68,4 @@ def _difference(after: Outcome, before: Outcome) -> float:
     if len(after) > 1:
         return log_slowness(after, before)
     (a,), (b,) = after, before
-    both_diverged = math.isinf(a) and math.isinf(b)
-    return 0.0 if both_diverged else min(max(a - b, -BOUND), BOUND)
+    return 0.0 if a == b else min(max(a - b, -BOUND), BOUND)  # equal where both diverged
