@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
+RUN_AND_LEAVE = Path(__file__).parent / "run_and_leave.py"
 TESTED = {"demo.py", "replace_adam.py", "char_lm.py", "fsdp2.py"}
 
 
@@ -60,7 +61,7 @@ def test_the_character_model_is_compared_with_adamw(tmp_path: Path) -> None:
 
 
 def test_sharded_training_under_torchrun_is_compared_with_adamw(tmp_path: Path) -> None:
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(RUN_AND_LEAVE))
     printed = run("examples/fsdp2.py", "--steps", 60, cwd=tmp_path, program=torchrun)
     assert_learned_is_ahead([line for line in printed.splitlines() if "loss" in line])
 

@@ -33,8 +33,9 @@ def test_every_python_block_runs_one_after_the_other(tmp_path: Path, monkeypatch
 def test_the_block_for_several_processes_runs_under_torchrun(tmp_path: Path) -> None:
     ((_, code),) = blocks("python", needs="torchrun")
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "script.py"]
-    done = subprocess.run(torchrun, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*torchrun, str(ROOT / "tests" / "run_and_leave.py"), "script.py"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
 
 
