@@ -7,8 +7,10 @@ through ``inner``, ``total`` and ``spread``.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +18,22 @@ from torch import Tensor
 
 #: A per-tensor value at a coordinate: a number, a 0-d tensor, or a vector with one entry per coordinate.
 Spread = float | Tensor
+
+
+def constant_column(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """Numbers of the configuration as a column [len(values), 1], of the dtype and on the device of ``like``.
+
+    Kept between steps: a GPU would have to wait for each copy. Compiled they are part of the code.
+    """
+    if torch.compiler.is_compiling():
+        return torch.cat([like.new_full((1, 1), value) for value in values])
+    return _constant_column(values, like.dtype, like.device)
+
+
+@lru_cache(maxsize=256)
+def _constant_column(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    with torch.inference_mode(False):  # what is made there could not be used with gradients later
+        return torch.tensor(values, dtype=dtype, device=device).unsqueeze(1)
 
 
 def tensor_shape_context(shape: Sequence[int]) -> tuple[float, float, float, float]:
@@ -113,6 +131,13 @@ class Segments:
         self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).T.contiguous()
         owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(self.sizes, dtype=torch.int64))
         self.owner = owner.to(device)
+
+    def to(self, device: torch.device | str) -> Segments:
+        """The same layout with its numbers on another device."""
+        moved = copy.copy(self)
+        moved.numel, moved.shape_context = self.numel.to(device), self.shape_context.to(device)
+        moved.owner = self.owner.to(device)
+        return moved
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.stack([torch.dot(a, b) for a, b in zip(self._tensors(x), self._tensors(y), strict=True)])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.clamps import clamp_magnitude
-from learned_optim.coordinates import Layout, Shapes, Spread
+from learned_optim.coordinates import Layout, Shapes, Spread, constant_column
 from learned_optim.policy import PolicyConfig
 
 
@@ -90,8 +90,7 @@ def tensor_context(
         log_rms[0], cosine[0], cosine[1], log_rms[1], log_rms[2], log_rms[3],
         (stats.mean_abs_b.clamp(min=1e-30) / stats.rms_b).clamp(1e-3, 1.0).log(),
     )  # fmt: skip
-    center = one.new_tensor(config.context_center).unsqueeze(1)
-    scale = one.new_tensor(config.context_scale).unsqueeze(1)
+    center, scale = constant_column(config.context_center, one), constant_column(config.context_scale, one)
     return ((torch.stack(rows) - center) / scale).clamp(-config.context_bound, config.context_bound)
 
 

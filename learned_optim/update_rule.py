@@ -43,7 +43,7 @@ from learned_optim.cells import (
     step_numbers,
 )
 from learned_optim.clamps import clamp_positive
-from learned_optim.coordinates import Layout, Shapes, Spread
+from learned_optim.coordinates import Layout, Shapes, Spread, constant_column
 from learned_optim.features import TensorSums, coordinate_features, statistics, tensor_context, tensor_sums
 from learned_optim.policy import PolicyConfig
 
@@ -86,7 +86,7 @@ def coefficients(
         [C, K] in float64, in the order of :class:`Coefficients`, and the new memory in its dtype.
     """
     stats = statistics(layout, sums)
-    decay = stats.cosine.new_tensor(config.cosine_decays).unsqueeze(1)
+    decay = constant_column(config.cosine_decays, stats.cosine)
     cosine = decay * memory[:2].double() + (1.0 - decay) * stats.cosine
     context = tensor_context(config, layout, stats, cosine, step)
     pace = memory[2:].double()
@@ -99,7 +99,7 @@ def coefficients(
     head = _per_column(weights["head"], context)  # [outputs, K]
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
     scale = config.step_scale * (log_factor[0] + pace[0]).exp()
-    base = context.new_tensor((config.momentum_weight, config.gradient_weight, *config.hidden_weights)).unsqueeze(1)
+    base = constant_column((config.momentum_weight, config.gradient_weight, *config.hidden_weights), context)
     mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4:])).exp()
     odds = config.agreement * log_factor[3].exp()
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)

@@ -23,7 +23,7 @@ def chosen_backend(config: MetaTrainConfig, policy: PolicyConfig) -> Literal["ea
     """
     if config.backend != "auto":
         return config.backend
-    if policy.cell != "gated" or find_compiler("cpu") is None:
+    if policy.cell != "gated" or find_compiler(config.device) is None:
         return "eager"
     return "compiled" if planned_inner_steps(config) >= WORTH_COMPILING[config.estimator] else "eager"
 
@@ -31,6 +31,6 @@ def chosen_backend(config: MetaTrainConfig, policy: PolicyConfig) -> Literal["ea
 def planned_inner_steps(config: MetaTrainConfig) -> int:
     """Inner steps that a run makes at most, validation aside."""
     if config.estimator == "es":
-        return config.outer_steps * config.meta_batch * 2 * (config.max_length or USUAL_LENGTH)
+        return config.outer_steps * config.meta_batch * config.pairs * 2 * (config.max_length or USUAL_LENGTH)
     runs = {"backprop": 1.0, "pes": 2.0, "mixed": 1.5}[config.estimator]
     return int(config.outer_steps * config.meta_batch * config.unroll_length * runs)

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
-from typing import Any
+from functools import cache, lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,9 @@ from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.problem import ROW
 from learned_optim.policy import PolicyConfig
 from learned_optim.update_rule import balance_factor, directions, update
+
+#: See :class:`PaddedRows`.
+TENSORS = 64
 
 
 class _RowSegments:
@@ -88,6 +91,76 @@ def compiled_update(
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         (param, m, v, *hidden), memory = run(names, values, planes, memory, owner, *shapes, numbers, factor)
     return param, CoordinateState(m, v, tuple(hidden)), memory
+
+
+class PaddedRows(NamedTuple):
+    """A layout for :func:`compiled_side_by_side`: tensors without coordinates fill K up to a multiple of ``TENSORS``.
+
+    Compiled code under ``vmap`` is made anew for every K.
+    """
+
+    segments: Segments
+    owner: Tensor  #: [n / ROW], the tensor that a row belongs to
+    numel: Tensor  #: [K]
+    shape_context: Tensor  #: [4, K]
+
+    @classmethod
+    def of(cls, layout: Segments) -> PaddedRows:
+        more = -len(layout.numel) % TENSORS
+        numel = torch.nn.functional.pad(layout.numel, (0, more), value=1.0)
+        context = torch.nn.functional.pad(layout.shape_context, (0, more))
+        return cls(layout, layout.owner[::ROW].contiguous(), numel, context)
+
+
+def compiled_side_by_side(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    layout: PaddedRows,
+    param: Tensor,
+    grad: Tensor,
+    state: CoordinateState,
+    memory: Tensor,
+    step: Spread,
+    hyper: Hyperparameters,
+) -> tuple[Tensor, CoordinateState, Tensor]:
+    """:func:`compiled_update` of R runs at once, without gradients, on any device.
+
+    ``weights``, ``param``, ``grad``, ``state`` and ``memory`` have a leading dimension of R, the last one the layout's
+    K; layout, step and hyperparameters are those of all runs.
+    """
+    planes = [param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden]
+    factor: list[Tensor] = []
+    if config.balance:
+
+        def of_one_run(*planes: Tensor) -> Tensor:
+            return _factor(config, layout.segments, list(planes), step, hyper)[0]
+
+        factor = [torch.vmap(of_one_run)(*planes)]
+    for t in (*planes, *factor):
+        torch._dynamo.maybe_mark_dynamic(t, 1)
+    torch._dynamo.maybe_mark_dynamic(layout.owner, 0)
+    numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *hyper)]
+    run = _compiled_side_by_side(config)
+    (param, m, v, *hidden), memory = run(dict(weights), planes, memory, *layout[1:], numbers, factor)
+    return param, CoordinateState(m, v, tuple(hidden)), memory
+
+
+@lru_cache(maxsize=256)
+def _number(value: float, device: torch.device) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64, device=device)
+
+
+@cache
+def _compiled_side_by_side(config: PolicyConfig) -> Callable[..., Any]:
+    def run(weights: dict, planes: list, memory: Tensor, owner: Tensor, numel: Tensor, context: Tensor,
+            numbers: list, factor: list) -> Any:  # fmt: skip
+        def one(weights: dict, planes: list, memory: Tensor, factor: list) -> Any:
+            named = tuple(weights), tuple(weights.values())
+            return _on_rows(config, False, *named, planes, memory, owner, numel, context, numbers, factor)
+
+        return torch.vmap(one)(weights, planes, memory, factor)
+
+    return torch.compile(run, fullgraph=True)
 
 
 def _factor(

@@ -29,6 +29,7 @@ from torch import Tensor
 from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_loss import MetaLossFn, final
+from learned_optim.meta_train.side_by_side import UnequalBatches, run_side_by_side
 from learned_optim.meta_train.slowness import log_slowness, marks
 from learned_optim.meta_train.trajectories import Plan, Running, TaskSource, seed_of
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
@@ -179,6 +180,9 @@ class ES:
     :mod:`~learned_optim.meta_train.slowness`.
 
     With ``meta_loss`` other than ``None``, that function of the losses L_1 .. L_T is compared instead.
+
+    An estimate is the mean over ``config.pairs`` pairs, on one task and run side by side where they are several
+    (:mod:`~learned_optim.meta_train.side_by_side`). A task whose batches vary in shape is run on its own, for one pair.
     """
 
     def __init__(self, source: TaskSource, config: MetaTrainConfig, meta_loss: MetaLossFn | None = None) -> None:
@@ -187,22 +191,49 @@ class ES:
         self.backend: str = chosen_backend(config, source.policy)
 
     def estimate(self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int) -> Estimate:
-        plan = self.source.draw(slot, outer_step)
-        sigma = self.config.sigma
-        noise = perturbation(policy, learned, self.config, slot, outer_step)
-        curves = []
-        for sign in (1.0, -1.0):
-            moved = with_weights(policy, shifted(policy.weights(), noise, sign))
-            steps = plan.length + (self.meta_loss is not None)
-            curves.append(run_plan(moved, plan, steps, self.backend))
-        if self.meta_loss is None:
-            first, second = (marks(c.losses) for c in curves)
-            difference, meta_loss = log_slowness(first, second), (first[-1] + second[-1]) / 2
+        plan, config = self.source.draw(slot, outer_step), self.config
+        noises = [
+            perturbation(policy, learned, config, slot, outer_step, *([i] * (i > 0))) for i in range(config.pairs)
+        ]
+        steps = plan.length + (self.meta_loss is not None)
+        if config.pairs == 1 and config.device == "cpu":
+            curves = self._one_by_one(policy, plan, steps, noises[:1])
         else:
-            first, second = (float(self.meta_loss(torch.tensor(c.losses[1:]), c.losses[0])) for c in curves)
-            difference, meta_loss = first - second, (first + second) / 2
-        gradient = {name: value * (difference / (2.0 * sigma**2)) for name, value in noise.items()}
-        return Estimate(slot, plan.family, gradient, meta_loss, 2 * plan.length)
+            try:
+                curves = self._side_by_side(policy, plan, steps, noises)
+            except UnequalBatches:
+                noises = noises[:1]
+                curves = self._one_by_one(policy, plan, steps, noises)
+        gradient = {name: torch.zeros_like(value) for name, value in noises[0].items()}
+        meta_loss = 0.0
+        for noise, (plus, minus) in zip(noises, curves, strict=True):
+            difference, mean = self._compare(plus, minus)
+            meta_loss += mean / len(noises)
+            for name, value in noise.items():
+                gradient[name] += value * (difference / (2.0 * config.sigma**2 * len(noises)))
+        return Estimate(slot, plan.family, gradient, meta_loss, 2 * len(noises) * plan.length)
+
+    def _one_by_one(self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]) -> list[list[Sequence[float]]]:
+        moved = [[with_weights(policy, shifted(policy.weights(), n, sign)) for sign in (1.0, -1.0)] for n in noises]
+        return [[run_plan(policy, plan, steps, self.backend).losses for policy in pair] for pair in moved]
+
+    def _side_by_side(
+        self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]
+    ) -> list[tuple[Sequence[float], Sequence[float]]]:
+        sets = [shifted(policy.weights(), noise, sign) for sign in (1.0, -1.0) for noise in noises]
+        weights = {name: torch.stack([one[name] for one in sets]) for name in sets[0]}
+        losses = run_side_by_side(
+            policy.config, weights, plan, steps, compiled=self.backend == "compiled", device=self.config.device
+        ).tolist()
+        return list(zip(losses[: len(noises)], losses[len(noises) :], strict=True))
+
+    def _compare(self, plus: Sequence[float], minus: Sequence[float]) -> tuple[float, float]:
+        """How much worse the first of two runs is, and the mean of what is compared."""
+        if self.meta_loss is None:
+            first, second = marks(plus), marks(minus)
+            return log_slowness(first, second), (first[-1] + second[-1]) / 2
+        first, second = (float(self.meta_loss(torch.tensor(losses[1:]), losses[0])) for losses in (plus, minus))
+        return first - second, (first + second) / 2
 
 
 def with_weights(policy: Policy, weights: Weights) -> Policy:
