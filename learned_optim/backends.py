@@ -23,7 +23,7 @@ from learned_optim.coordinates import Segments, Whole
 from learned_optim.features import TensorSums
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.rounding import rounded_state
-from learned_optim.waves import Head, copy_all
+from learned_optim.waves import Head, copy_all, limit
 
 #: Tensors up to this many coordinates are run side by side, in vectors of up to this many coordinates. Below torch's
 #: grain size for threads, so that no thread boundary can fall differently when tensors are grouped differently.
@@ -127,7 +127,7 @@ class EagerBackend:
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
         small: dict[tuple, list[Job]] = {}
         for job in jobs:
-            if job.param.numel() > SMALL:
+            if job.param.numel() > limit(SMALL, job.param.device):
                 unit = _Large(self, job)
                 yield unit, job.param.numel() if unit.flat.copied else 0
             elif job.param.numel() > 0:
@@ -149,6 +149,7 @@ class _Large:
         self.layout = _whole(job.param.shape, job.param.device)
         self.now = update_rule.step_numbers(job.step, job.hyper)
         self.flat = Flat(job, is_balanced(backend.head.config, job))
+        self.chunk = limit(CHUNK, job.param.device)
 
     def measure(self, squares: Squares | None) -> TensorSums:
         parts = []
@@ -156,7 +157,7 @@ class _Large:
             sums, square = update_rule.measure(self.backend.head.config, self.layout, *self._inputs(chunk), self.now)
             parts.append(sums)
             if square is not None and squares is not None:
-                squares.add(self.jobs[0], square, number * CHUNK)
+                squares.add(self.jobs[0], square, number * self.chunk)
         return TensorSums(*(torch.stack(s).double().sum(0) for s in zip(*parts, strict=True)))
 
     def apply(self, values: Tensor, shares: Squares | None) -> None:
@@ -164,14 +165,14 @@ class _Large:
         coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
         for number, chunk in enumerate(self._chunks()):
             p, g, state = self._inputs(chunk)
-            factor = shares and shares.factor(self.jobs[0], number * CHUNK, len(p), self.dtype)
+            factor = shares and shares.factor(self.jobs[0], number * self.chunk, len(p), self.dtype)
             p, state = update_rule.apply(backend.numbers, config, coeff, p, g, state, self.now, factor=factor)
             state = rounded_state(state, [t.dtype for t in chunk[2:]])
             copy_all([chunk[0], *chunk[2:]], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         self.flat.write_back()
 
     def _chunks(self) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(t.split(CHUNK) for t in self.flat.vectors), strict=True)
+        return zip(*(t.split(self.chunk) for t in self.flat.vectors), strict=True)
 
     def _inputs(self, chunk: tuple[Tensor, ...]) -> tuple[Tensor, Tensor, CoordinateState]:
         p, g, m, v, *h = (t.to(self.dtype) for t in chunk)
@@ -227,7 +228,7 @@ def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     filled = 0
     for job in jobs:
         size = -(-job.param.numel() // ALIGN) * ALIGN
-        if batch and filled + size > SMALL:
+        if batch and filled + size > limit(SMALL, job.param.device):
             yield batch
             batch, filled = [], 0
         batch.append(job)
@@ -248,7 +249,9 @@ class Flat:
         self.job = job
         contiguous = all(t.is_contiguous() for t in job.tensors)
         self.copied = not (contiguous or (not in_order and _share_order(job.tensors)))
-        self.tensors = tuple(t.contiguous() for t in job.tensors) if self.copied else job.tensors
+        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
+        in_place = (job.param.detach(), *job.tensors[1:])
+        self.tensors = tuple(t.contiguous() for t in job.tensors) if self.copied else in_place
 
     @property
     def vectors(self) -> list[Tensor]:

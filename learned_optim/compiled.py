@@ -14,9 +14,18 @@ from learned_optim import update_rule
 from learned_optim.backends import Backend, EagerBackend, Flat, Job, Unit, is_balanced
 from learned_optim.balance import Squares
 from learned_optim.features import TensorSums
-from learned_optim.kernels import WIDTH, CompilationError, Kernels, Kind, find_compiler, flat_weights, kernels
+from learned_optim.kernels import (
+    WIDTH,
+    CompilationError,
+    Kernels,
+    Kind,
+    compiled_head,
+    find_compiler,
+    flat_weights,
+    kernels,
+)
 from learned_optim.policy import Policy
-from learned_optim.waves import COPIED, Head, copy_all
+from learned_optim.waves import COPIED, Head, copy_all, limit, tensor_numbers, to_device
 
 #: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
 #: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
@@ -25,6 +34,9 @@ WORTH_COMPILING = 1_000_000
 
 #: Rows that are run at once where rows and columns are balanced: what that needs besides is 4 MB then.
 PART = 2048
+#: Tensors of fewer rows than this are copied as a whole, on CPUs (kernels take two rows or more) and on GPUs, where the
+#: launches of one tensor take as long as copying a million coordinates.
+IN_PLACE, IN_PLACE_ON_GPU = 2, 2048
 
 
 class CompiledBackend:
@@ -43,9 +55,12 @@ class CompiledBackend:
 
     def kernels(self, job: Job) -> Kernels:
         """Those for tensors like these."""
-        key = (job.param.device.type, tuple([t.dtype for t in job.tensors]))
+        device = job.param.device
+        key = (device, tuple([t.dtype for t in job.tensors]))
         if key not in self._kernels:
-            self._kernels[key] = kernels(Kind(self.head.config, *key))
+            self._kernels[key] = kernels(Kind(self.head.config, str(device), key[1]))
+            if device.type != "cpu":  # where each small operation is a launch
+                self.head.compute[device] = compiled_head(tensor_numbers)
         return self._kernels[key]
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
@@ -78,8 +93,8 @@ class CompiledBackend:
         copied = 0
         for job in jobs:
             views = self.views(job)
-            size = job.param.numel() if views.flat.copied else -(-_split(job.param.numel())[1] // WIDTH) * WIDTH
-            if wave and copied + size > COPIED:
+            size = max(job.param.numel() if views.flat.copied else 0, -(-views.rest // WIDTH) * WIDTH)
+            if wave and copied + size > limit(COPIED, job.param.device):
                 yield wave, copied
                 wave, copied = [], 0
             wave.append(views)
@@ -93,7 +108,7 @@ class _Views:
 
     def __init__(self, job: Job, in_order: bool) -> None:
         self.flat = flat = Flat(job, in_order)
-        self.rows, self.rest = _split(job.param.numel())
+        self.rows, self.rest = _split(job.param.numel(), job.param.device)
         self.in_place = flat.piece(0, self.rows, WIDTH) if self.rows else []
         self.tail = flat.piece(self.rows * WIDTH, self.rest) if self.rest else []
         self._known = (job.param, *job.planes)
@@ -124,21 +139,21 @@ class _Views:
                 views[1] = views[0]
 
 
-def _split(numel: int) -> tuple[int, int]:
-    """Rows that are used where they lie, and coordinates that are copied. Kernels take two rows or more."""
+def _split(numel: int, device: torch.device) -> tuple[int, int]:
+    """Rows that are used where they lie, and coordinates that are copied."""
     rows = numel // WIDTH
-    return (rows, numel - rows * WIDTH) if rows >= 2 else (0, numel)
+    fewest = IN_PLACE if device.type == "cpu" else IN_PLACE_ON_GPU
+    return (rows, numel - rows * WIDTH) if rows >= fewest else (0, numel)
 
 
 class _Plan:
     """Which rows belong to which tensor: first the rows of each tensor in place, then the copied ones.
 
     Args:
-        numels: coordinates of each tensor.
+        split: rows in place, and coordinates to be copied, of each tensor.
     """
 
-    def __init__(self, numels: tuple[int, ...], device: torch.device) -> None:
-        split = [_split(n) for n in numels]
+    def __init__(self, split: tuple[tuple[int, int], ...], device: torch.device) -> None:
         self.in_place = [(k, rows) for k, (rows, _) in enumerate(split) if rows]
         self.copied = [(k, size) for k, (_, size) in enumerate(split) if size]
         self.copied_rows = [-(-size // WIDTH) for _, size in self.copied]
@@ -150,14 +165,15 @@ class _Plan:
             lengths[-1] += empty
             pieces.append(sum(self.copied_rows) + empty)
         self.pieces = pieces  #: rows of each run of the kernels
-        self.lengths = torch.tensor(lengths, device=device)
-        self.owners = torch.tensor(owners, device=device)
-        self.owner_of_row = self.owners.repeat_interleave(self.lengths)
+        of_rows = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
+        self.owners, self.owner_of_row = torch.tensor(owners, device=device), of_rows.to(device)
+        self.lengths = torch.tensor(lengths * len(TensorSums._fields), device=device)  #: of each sum's rows
+        self.places = [n for _, size in self.copied for n in (size, -size % WIDTH)]  #: copied, and the gaps behind
 
 
 @lru_cache(maxsize=64)
-def _plan(numels: tuple[int, ...], device: torch.device) -> _Plan:
-    return _Plan(numels, device)
+def _plan(split: tuple[tuple[int, int], ...], device: torch.device) -> _Plan:
+    return _Plan(split, device)
 
 
 class _Rows:
@@ -170,17 +186,16 @@ class _Rows:
         self.kernels = backend.kernels(first)
         self.balanced = backend.head.config.balance > 0.0
         device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
-        self.plan = plan = _plan(tuple(job.param.numel() for job in self.jobs), device)
+        self.plan = plan = _plan(tuple((one.rows, one.rest) for one in views), device)
         self.pieces = [views[k].in_place for k, _ in plan.in_place]
         if plan.copied:
             copied = [torch.zeros(plan.pieces[-1], WIDTH, dtype=t.dtype, device=device) for t in first.tensors]
             self.places = [self._places(plane) for plane in copied]
-            self.tails = [list(tails) for tails in zip(*(views[k].tail for k, _ in plan.copied), strict=True)]
-            for places, tails in zip(self.places, self.tails, strict=True):
-                copy_all(places, tails)
+            self.tails = list(zip(*(views[k].tail for k, _ in plan.copied), strict=True))
+            self._copy(self.places, self.tails)
             self.pieces.append(copied)
         kinds = {key: update_rule.step_numbers(*key) for key in {(job.step, job.hyper) for job in self.jobs}}
-        numbers = torch.tensor([kinds[job.step, job.hyper] for job in self.jobs], dtype=dtype, device=device)
+        numbers = to_device([kinds[job.step, job.hyper] for job in self.jobs], dtype, device)
         self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
 
     def measure(self, squares: Squares | None) -> TensorSums:
@@ -192,9 +207,12 @@ class _Rows:
             if squares is not None:
                 for job, start, part in self._owners(piece, first, square[0]):
                     squares.add(job, part, start)
-        by_piece = torch.segment_reduce(torch.cat(sums, 1).double().T.contiguous(), "sum", lengths=plan.lengths, axis=0)
-        by_job = by_piece.new_zeros(len(self.jobs), by_piece.shape[1]).index_add_(0, plan.owners, by_piece)
-        return TensorSums(*by_job.T.unbind())
+        # A GPU has a block of threads for each segment of a vector, for those of a matrix one thread; and would be
+        # waited for without `unsafe`.
+        rows = torch.cat(sums, 1).double().flatten()
+        by_piece = torch.segment_reduce(rows, "sum", lengths=plan.lengths, unsafe=True).view(len(sums[0]), -1)
+        by_job = by_piece.new_zeros(len(by_piece), len(self.jobs)).index_add_(1, plan.owners, by_piece)
+        return TensorSums(*by_job.unbind())
 
     def apply(self, values: Tensor, shares: Squares | None) -> None:
         by_job = values.T.to(self.numbers[0].dtype).contiguous()
@@ -205,18 +223,17 @@ class _Rows:
             factor = [self._factor(shares, piece, first, now)] if self.balanced else []
             self.kernels.apply([*planes, *factor, now, c, weights])
         if self.plan.copied:
-            for i, (places, tails) in enumerate(zip(self.places, self.tails, strict=True)):
-                if i != 1:  # the gradient stays
-                    copy_all(tails, places)
+            self._copy(*([planes[0], *planes[2:]] for planes in (self.tails, self.places)))  # the gradient stays
         for one in self.views:
             one.finish()
 
     def _parts(self, *more: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
         """Number of a piece, its first row, and its planes and what is given besides; cut where rows are balanced."""
+        part = limit(PART, self.jobs[0].param.device)
         for number, tensors in enumerate(zip(self.pieces, *more, strict=True)):
             planes: list[Tensor] = [*tensors[0], *tensors[1:]]
             rows = len(planes[0])
-            starts = range(0, max(rows - 1, 1), PART) if self.balanced else (0,)  # no part of a single row
+            starts = range(0, max(rows - 1, 1), part) if self.balanced else (0,)  # no part of a single row
             for first, last in itertools.pairwise((*starts, rows)):
                 yield number, first, planes if last - first == rows else [t[first:last] for t in planes]
 
@@ -243,9 +260,14 @@ class _Rows:
 
     def _places(self, plane: Tensor) -> list[Tensor]:
         """The copied coordinates of each tensor in a plane of rows."""
-        used = plane.view(-1)[: sum(self.plan.copied_rows) * WIDTH]
-        places = used.split([rows * WIDTH for rows in self.plan.copied_rows])
-        return [place[:size] for place, (_, size) in zip(places, self.plan.copied, strict=True)]
+        return list(plane.view(-1)[: sum(self.plan.places)].split(self.plan.places)[::2])
+
+    @staticmethod
+    def _copy(targets: Sequence[Sequence[Tensor]], sources: Sequence[Sequence[Tensor]]) -> None:
+        """Planes in parts, with one call for all planes of a dtype."""
+        for key in dict.fromkeys((new[0].dtype, old[0].dtype) for new, old in zip(targets, sources, strict=True)):
+            both = [pair for pair in zip(targets, sources, strict=True) if (pair[0][0].dtype, pair[1][0].dtype) == key]
+            copy_all(*([part for planes in several for part in planes] for several in zip(*both, strict=True)))
 
 
 class ChosenBackend:

@@ -5,7 +5,8 @@ tensors of every shape, alone or side by side, with any learning rate and any po
 is ever compiled twice. A row's bits depend on that row alone, not on the number of threads or on other rows.
 
 For CPUs a kernel is compiled ahead of time (AOTInductor) and kept in inductor's cache folder, from where later
-processes load it in milliseconds. Other devices go through ``torch.compile``.
+processes load it in milliseconds. Other devices go through ``torch.compile``, which keeps what it made in that folder,
+too, under a key of its own that names the GPU.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import platform
 import shutil
 import tempfile
+import types
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
@@ -46,7 +48,7 @@ class Kind(NamedTuple):
     """What a kernel is specialised to."""
 
     config: PolicyConfig
-    device: str  #: a type of devices
+    device: str  #: one of several GPUs
     dtypes: tuple[torch.dtype, ...]  #: parameter, gradient, state planes
 
     @property
@@ -176,8 +178,8 @@ def _made(kind: Kind) -> Kernels | CompilationError:
         return failure
 
 
-def _just_in_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
-    compiled = torch.compile(module, fullgraph=True, options=_options())
+def _just_in_time(module: _Measure | _Apply, example: list[Tensor], with_rows: int) -> Kernel:
+    compiled = torch.compile(_own_code(module.forward), fullgraph=True, options=_options(module.kind.device))
 
     def kernel(inputs: list[Tensor]) -> Sequence[Tensor]:
         return compiled(*inputs)
@@ -187,6 +189,70 @@ def _just_in_time(module: torch.nn.Module, example: list[Tensor], with_rows: int
         torch._dynamo.mark_dynamic(tensor, 0)
     kernel(example)
     return kernel
+
+
+def _own_code(method: Any) -> Callable:
+    """The same function with a code object of its own: dynamo keeps eight compiled forms of one, and looks at each."""
+    function = method.__func__
+    code = function.__code__.replace()
+    fresh = types.FunctionType(code, function.__globals__, function.__name__, closure=function.__closure__)
+    return types.MethodType(fresh, method.__self__)
+
+
+@cache
+def compiled_head(function: Callable) -> Callable:
+    """The head's small operations as few kernels, for any number of tensors and any policy of a configuration.
+
+    Args:
+        function: :func:`~learned_optim.waves.tensor_numbers`.
+    """
+    heads: dict[tuple, Callable | None] = {}
+
+    def head(config: PolicyConfig, *inputs: Any) -> Any:
+        weights, layout, sums, memory, step, trust = inputs
+        key = (config, memory.device, trust is None)
+        if key not in heads:
+            heads[key] = torch.compile(_own_code(_Head(config, function).forward), fullgraph=True)
+        compiled = heads[key]
+        if compiled is None:
+            return function(config, *inputs)
+        tensors = [layout.numel, layout.shape_context, torch.stack(sums), memory, step, trust]
+        for tensor in tensors:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, tensor.ndim - 1)
+        try:
+            return compiled(weights, *tensors)
+        except Exception as error:  # nothing has been changed
+            heads[key] = None
+            what = f"{type(error).__name__}: {str(error).strip()[:500]}"
+            warnings.warn(f"learned_optim: the tensor head could not be compiled: {what}", RuntimeWarning, stacklevel=2)
+            return function(config, *inputs)
+
+    return head
+
+
+class _Head(torch.nn.Module):
+    def __init__(self, config: PolicyConfig, function: Callable) -> None:
+        super().__init__()
+        self.config, self.function = config, function
+
+    def forward(
+        self,
+        weights: dict[str, Tensor],
+        numel: Tensor,
+        shape_context: Tensor,
+        sums: Tensor,
+        memory: Tensor,
+        step: Tensor,
+        trust: Tensor | None,
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        layout = _Shapes(numel, shape_context)
+        return self.function(self.config, weights, layout, features.TensorSums(*sums.unbind()), memory, step, trust)
+
+
+class _Shapes(NamedTuple):
+    numel: Tensor
+    shape_context: Tensor
 
 
 def _ahead_of_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
@@ -200,7 +266,7 @@ def _ahead_of_time(module: torch.nn.Module, example: list[Tensor], with_rows: in
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             package = os.path.join(folder, "kernel.pt2")
-            torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_options())
+            torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_options("cpu"))
             os.replace(package, path)
     return _load(path)
 
@@ -215,10 +281,12 @@ def _load(path: Path) -> Kernel:
         return lambda inputs: loaded(*inputs)
 
 
-def _options() -> dict[str, Any]:
+def _options(device: str) -> dict[str, Any]:
     """Inductor's: as many threads as torch is set to, fused multiply-adds, nothing that slows compilation."""
     from torch._inductor import config
 
+    if device != "cpu":
+        return {}
     options: dict[str, Any] = {"cpp.dynamic_threads": True}
     contract = getattr(config.cpp, "enable_floating_point_contract_flag", None)
     if contract is not None:
@@ -236,7 +304,7 @@ def _key(module: torch.nn.Module) -> str:
     parts = [
         torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
         str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,
-        json.dumps(_options()), Path(__file__).read_text(encoding="utf-8"), *sources,
+        json.dumps(_options("cpu")), Path(__file__).read_text(encoding="utf-8"), *sources,
     ]  # fmt: skip
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
 

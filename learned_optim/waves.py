@@ -8,7 +8,7 @@ Sums of a tensor's parts, be they chunks or the shards of several processes, add
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -18,9 +18,9 @@ from torch import Tensor
 from learned_optim import update_rule
 from learned_optim.balance import Squares
 from learned_optim.cells import Hyperparameters
-from learned_optim.coordinates import tensor_shape_context
+from learned_optim.coordinates import Shapes, tensor_shape_context
 from learned_optim.features import TensorSums
-from learned_optim.policy import Policy
+from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.safeguard import guarded
 
 if TYPE_CHECKING:
@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 
 #: Coordinates copied side by side, or copied because of their strides, before the passes are run over them.
 COPIED = 1 << 19
+#: On a GPU all limits of this kind are so many times as large: what is gained there is launches, each of which costs as
+#: much as some hundred thousand coordinates.
+ON_GPU = 32
 #: Per-tensor numbers are computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors
 #: again, so that a tensor's bits do not depend on how many tensors are run with it.
 COLUMNS = 16
@@ -61,12 +64,43 @@ def _columns(shapes: tuple[torch.Size, ...], device: torch.device) -> _Columns:
     return _Columns(numel, context.T.contiguous())
 
 
+def limit(coordinates: int, device: torch.device) -> int:
+    """A limit that is meant for CPUs, as it is on this device."""
+    return coordinates if device.type == "cpu" else coordinates * ON_GPU
+
+
+def to_device(numbers: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of them, without waiting for what a GPU still has to do."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+
+
+def tensor_numbers(
+    config: PolicyConfig,
+    weights: Mapping[str, Tensor],
+    layout: Shapes,
+    sums: TensorSums,
+    memory: Tensor,
+    step: Tensor,
+    trust: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Coefficients [C, K], memory [3, K] and, where there is a safeguard, trust [1, K] after a step."""
+    values, memory = update_rule.coefficients(weights, config, layout, sums, memory, step)
+    if trust is not None:
+        values, trust = guarded(config, values, layout.numel, memory[0], trust[0])
+        trust = trust.unsqueeze(0)
+    return values, memory, trust
+
+
 class Head:
     """The policy's tensor head over all tensors of a wave."""
 
     def __init__(self, policy: Policy) -> None:
         self.config = policy.config
         self.weights = {name: w.detach().clone() for name, w in policy.weights().items()}
+        self.compute: dict[torch.device, Callable] = {}  #: in place of :func:`tensor_numbers`
+        self._weights: dict[torch.device, dict[str, Tensor]] = {}
 
     def __call__(self, jobs: list[Job], sums: TensorSums) -> tuple[Tensor, Record]:
         """[C, len(jobs)] in float64; the jobs' memories and trusts are updated."""
@@ -75,25 +109,30 @@ class Head:
         missing = layout.numel.numel() - len(jobs)
         padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, missing)).unbind())
         memory = torch.zeros(3, len(jobs) + missing, dtype=torch.float64, device=device)
-        for i, row in enumerate(memory):
-            copy_all(list(row.unbind()[: len(jobs)]), [job.memory[i] for job in jobs])
+        kept = [job.memory[i] for i in range(len(memory)) for job in jobs]
+        copy_all(self._used(memory, len(jobs)), kept)
         steps = [job.step for job in jobs]
-        step = torch.tensor(steps + [1.0] * missing, dtype=torch.float64, device=device)
-        weights = {k: w.to(device) for k, w in self.weights.items()}
-        values, memory = update_rule.coefficients(weights, self.config, layout, padded, memory, step)
-        for i, row in enumerate(memory):
-            copy_all([job.memory[i] for job in jobs], list(row.unbind()[: len(jobs)]))
-        trust = None
+        step = to_device(steps + [1.0] * missing, torch.float64, device)
         trusts = [job.trust for job in jobs if job.trust is not None]
-        if trusts:
-            trust = torch.zeros_like(memory[0])
-            copy_all(list(trust.unbind()[: len(jobs)]), trusts)
-            values, trust = guarded(self.config, values, layout.numel, memory[0], trust)
-            copy_all(trusts, list(trust.unbind()[: len(jobs)]))
+        trust = torch.zeros_like(memory[:1]) if trusts else None
+        if trust is not None:
+            copy_all(self._used(trust, len(jobs)), trusts)
+        if device not in self._weights:
+            self._weights[device] = {k: w.to(device) for k, w in self.weights.items()}
+        compute = self.compute.get(device, tensor_numbers)
+        values, memory, trust = compute(self.config, self._weights[device], layout, padded, memory, step, trust)
+        copy_all(kept, self._used(memory, len(jobs)))
+        if trust is not None:
+            copy_all(trusts, self._used(trust, len(jobs)))
+            trust = trust[0]
         values = values[:, : len(jobs)]
         return values, Record(
             [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, memory, trust
         )
+
+    @staticmethod
+    def _used(rows: Tensor, count: int) -> list[Tensor]:
+        return [value for row in rows.unbind() for value in row.unbind()[:count]]
 
 
 def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
@@ -110,7 +149,8 @@ def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
     wave: list[Unit] = []
     copied = 0
     for unit, size in backend.units(jobs):
-        if wave and (copied + size > COPIED or unit.jobs[0].param.device != wave[0].jobs[0].param.device):
+        device = unit.jobs[0].param.device
+        if wave and (copied + size > limit(COPIED, device) or device != wave[0].jobs[0].param.device):
             yield _run_wave(backend.head, wave)
             wave, copied = [], 0
         wave.append(unit)
@@ -125,7 +165,8 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
     if size := Squares.size(head.config, (job.shape for job in jobs)):
         zeros = torch.zeros(size, dtype=torch.float64, device=jobs[0].param.device)
         squares = Squares({job.place: job.shape for job in jobs}, jobs, zeros)
-    sums = TensorSums(*(torch.cat(s) for s in zip(*(unit.measure(squares) for unit in wave), strict=True)))
+    parts = [unit.measure(squares) for unit in wave]
+    sums = parts[0] if len(parts) == 1 else TensorSums(*map(torch.cat, zip(*parts, strict=True)))
     values, record = head(jobs, sums)
     shares = squares and squares.shares(head.config)
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
@@ -158,11 +199,11 @@ def run_shards(
     sums = both[:of_tensors].view(-1, len(columns))
     squares = Squares(shapes, jobs, both[of_tensors:]) if of_squares else None
     kept: list[Unit] = []
-    copied = 0
+    copied, most = 0, limit(COPIED, device)
     for unit, size in backend.units(jobs):
         sums[:, [columns[job.place] for job in unit.jobs]] = torch.stack(unit.measure(squares))
         copied += size
-        if copied <= COPIED:
+        if copied <= most:
             kept.append(unit)
     add_up(both)
     if not jobs:
@@ -170,6 +211,6 @@ def run_shards(
     shares = squares and squares.shares(backend.head.config)
     values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
     position = {job.place: i for i, job in enumerate(jobs)}
-    for unit in kept if copied <= COPIED else (unit for unit, _ in backend.units(jobs)):
+    for unit in kept if copied <= most else (unit for unit, _ in backend.units(jobs)):
         unit.apply(values[:, [position[job.place] for job in unit.jobs]], shares)
     yield record

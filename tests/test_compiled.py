@@ -26,7 +26,7 @@ from support import (
     run,
 )
 
-from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels
+from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels, waves
 from learned_optim.compiled import PART
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="needs a C++ compiler")
@@ -141,6 +141,18 @@ def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their
                 optimizer.step()
     assert_same_bits(alone, together)
     assert_same_bits(reordered, together)
+
+
+@pytest.mark.parametrize("policy", BOTH)
+def test_tensors_that_are_copied_as_a_whole_as_on_gpus_get_the_same_update(policy, monkeypatch):
+    in_place, whole = leaves(*SHAPES, (700, 700)), leaves(*SHAPES, (700, 700))
+    run(compile_(in_place, policy), in_place, 3)
+    monkeypatch.setattr(compiled, "IN_PLACE", 600)
+    run(compile_(whole, policy), whole, 3)
+    if policy == "random":
+        assert_same_bits(whole, in_place)
+    for a, b in zip(whole, in_place, strict=True):  # squares of rows and columns are added up in another order
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -380,3 +392,20 @@ def test_kernels_made_by_torch_compile_as_for_other_devices_do_the_same_and_are_
             ahead.apply([*y, weights])
             assert_same_bits(x, y)
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("safeguard", [False, True])
+def test_a_compiled_head_as_on_gpus_does_the_same_for_any_number_of_tensors_and_is_made_once(safeguard):
+    device = torch.device("cpu")
+    graphs = []
+    for shapes in (SHAPES, [(3, 5)] * 70, SHAPES[4:]):
+        plain, params = leaves(*shapes), leaves(*shapes)
+        optimizers = [make(ps, safeguard=safeguard) for ps in (plain, params)]
+        optimizers[1]._backend.head.compute[device] = kernels.compiled_head(waves.tensor_numbers)
+        for optimizer, ps in zip(optimizers, (plain, params), strict=True):
+            run(optimizer, ps, 3)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        for a, b in zip(params, plain, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+    assert graphs[0] == graphs[2]

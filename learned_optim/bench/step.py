@@ -143,11 +143,11 @@ def _summary(seconds: dict[str, list[float]], unit: float) -> dict[str, dict[str
 
 
 def _prepared(shapes: Iterable[Sequence[int]], make: Callable[[list[Tensor]], Any], device: str) -> tuple[Any, list]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
     params = []
     for shape in shapes:
-        p = torch.randn(shape, generator=generator).mul_(0.02).to(device).requires_grad_()
-        p.grad = torch.randn(shape, generator=generator).mul_(1e-3).to(device)
+        p = torch.randn(shape, generator=generator, device=device).mul_(0.02).requires_grad_()
+        p.grad = torch.randn(shape, generator=generator, device=device).mul_(1e-3)
         params.append(p)
     optimizer = make(params)
     if hasattr(optimizer, "train"):
@@ -179,13 +179,18 @@ def steps(shapes: Sequence[Sequence[int]], repeats: int, device: str = "cpu") ->
     return {"parameters": count, "tensors": len(shapes), "optimizers": rows}
 
 
-def training_steps(repeats: int, device: str = "cpu", batch: int = 8, length: int = 256) -> dict[str, Any]:
+def training_steps(
+    repeats: int,
+    device: str = "cpu",
+    batch: int = 8,
+    length: int = 256,
+    names: Sequence[str] = (REFERENCE, "ours, compiled"),
+) -> dict[str, Any]:
     """Whole training steps of the GPT: zero_grad, forward, backward, step.
 
     Returns:
-        By optimizer (AdamW, ours compiled): ``median``, ``low`` and ``high`` in ms, ``ratio`` to AdamW's median.
+        By optimizer: ``median``, ``low`` and ``high`` in ms, ``ratio`` to AdamW's median.
     """
-    names = (REFERENCE, "ours, compiled")
     model = Gpt().to(device)
     params: list[Tensor] = list(model.parameters())
     made = {name: make(params) for name, make in contenders(params).items() if name in names}
