@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.compiled_update import PaddedRows, compiled_side_by_side
-from learned_optim.meta_train.problem import Problem
+from learned_optim.meta_train.problem import ROW, Problem
 from learned_optim.meta_train.trajectories import Plan
 from learned_optim.policy import PolicyConfig
 from learned_optim.tasks.base import Batch, Tensors, batch_tensors, map_batch, to_device
@@ -109,7 +109,8 @@ class _Runs:
     ) -> None:
         self.config, self.problem, self.hyper, self.device = config, problem, hyper, device
         layout = problem.layout.to(device)
-        self.layout = PaddedRows.of(layout) if compiled else layout
+        # Code for a single row of coordinates would be compiled apart.
+        self.layout = PaddedRows.of(layout) if compiled and sum(layout.sizes) > ROW else layout
         self.weights = {name: w.to(device) for name, w in weights.items()}
         self.batches = to_device(batches, device)
         self.count = len(next(iter(self.weights.values())))

@@ -57,7 +57,8 @@ class TaskSource:
         family = self.families[order[index]]
         task = family.task(rng.randrange(10_000)) if isinstance(family, TaskFamily) else family
         if rng.random() < config.augment:
-            task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)))
+            # Batches of several shapes cannot be run side by side.
+            task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)), jumps=config.pairs == 1)
         spread = math.log(config.inner_lr_spread)
         lr = config.inner_lr * math.exp(rng.uniform(-spread, spread))
         hyper = Hyperparameters(lr, *self.policy.betas, self.policy.eps, config.inner_weight_decay)

@@ -233,12 +233,12 @@ class FrozenTensors(Augmented):
         return inner, {k[cut:]: b for k, b in buffers.items() if k.startswith(self.prefix)}
 
 
-def augment(task: Task, rng: torch.Generator) -> Task:
+def augment(task: Task, rng: torch.Generator, jumps: bool = True) -> Task:
     """Applies a random selection of the augmentations that fit ``task``, on average about two.
 
     Draws one batch of ``task`` to see what fits: label noise needs ``(inputs, integer labels)``, drift needs
     floating-point inputs, jumps of the batch size need tensors of at least 32 rows. The outcome depends on ``rng``
-    and on the task alone.
+    and on the task alone; without ``jumps`` of the batch size all batches have one shape.
 
     Returns:
         A task whose name says what was applied, e.g. ``"mlp_images/3+rescaled+noisy"``; perhaps ``task`` itself.
@@ -258,7 +258,7 @@ def augment(task: Task, rng: torch.Generator) -> Task:
         task = NoisyLabels(task, fraction)
     if drift and isinstance(batch, tuple) and isinstance(batch[0], Tensor) and batch[0].is_floating_point():
         task = DriftingInputs(task, depth, cycle)
-    if jump and len(rows) == 1 and min(rows) >= 32:
+    if jumps and jump and len(rows) == 1 and min(rows) >= 32:
         task = BatchSizeJumps(task, period)
     if freeze:
         task = FrozenTensors(task, seeds)

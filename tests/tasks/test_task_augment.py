@@ -168,3 +168,11 @@ def test_augment_leaves_out_what_does_not_fit():
         name = augment(FAMILIES["lstm_char"].task(0), seeded(seed)).name
         assert "mislabelled" not in name
         assert "drifting" not in name
+
+
+def test_without_jumps_all_batches_have_one_shape() -> None:
+    family = FAMILIES["teacher_regression"]
+    names = [augment(family.task(0), seeded(seed), jumps=False).name for seed in range(40)]
+    jumping = [augment(family.task(0), seeded(seed)).name for seed in range(40)]
+    assert names == [name.replace("+jumps", "") for name in jumping]
+    assert names != jumping
