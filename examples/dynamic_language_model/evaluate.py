@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import json
 import math
 import time
@@ -28,15 +29,24 @@ from torch import Tensor
 
 from learned_optim.hub import save_policy
 
-DYNAMIC = ("sgd", "adam", "rms")
-#: Where the search for a method's settings begins; eps in units of the gradient's rms.
+#: Dynamic evaluation: where the search for its settings begins (eps in units of the gradient's rms), and the weights
+#: that it moves. First of the LSTM's weights, as it was published; then with the memory that the learned rule has, too.
 BEGIN = {
-    "sgd": Method("sgd", lr=0.5, decay=0.002),
-    "adam": Method("adam", lr=3e-3, decay=0.002, eps=1.0),
-    "rms": Method("rms", lr=3e-3, decay=0.002, eps=1.0),
+    "sgd": (Method("sgd", lr=0.5, decay=0.002), "lstm"),
+    "adam": (Method("adam", lr=3e-3, decay=0.002, eps=1.0), "lstm"),
+    "rms": (Method("rms", lr=3e-3, decay=0.002, eps=1.0), "lstm"),
+    "rms_memory": (Method("rms", lr=0.1, decay=0.002, eps=16.0), "memory"),
+    "rms_all": (Method("rms", lr=3e-3, decay=0.002, eps=1.0), "all"),
 }
+#: The learned rules, and what each begins with.
+LEARNED = {"learned_memory": "rms_memory", "learned": "rms_all"}
+CHOICE = {name: choice for name, (_, choice) in BEGIN.items()}
+CHOICE |= {name: CHOICE[begin] for name, begin in LEARNED.items()}
 #: Factors tried one after the other, around the best so far; the same for every method.
-SEARCH = (("lr", (1 / 3, 3.0)), ("eps", (1 / 4, 4.0)), ("decay", (1 / 4, 4.0)), ("lr", (0.6, 1.7)))
+SEARCH = (
+    ("lr", (1 / 3, 3.0)), ("memory", (1 / 3, 3.0)), ("eps", (1 / 4, 4.0)), ("decay", (1 / 4, 4.0)), ("lr", (0.6, 1.7)),
+    ("memory", (0.6, 1.7)), ("clip", (0.5, 2.0)),
+)  # fmt: skip
 
 
 def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -50,7 +60,6 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=128, help="of embedding and LSTM")
     parser.add_argument("--epochs", type=float, help="of the static training; fewer on much text")
     parser.add_argument("--chunk", type=int, default=20, help="words predicted before they are learned from")
-    parser.add_argument("--choice", choices=tuple(CHOICES), default="all", help="weights that are learned in reading")
     parser.add_argument("--outer-steps", type=int, help="of meta-training")
     parser.add_argument("--test-words", type=int, help="of test articles that are read; whole articles, evenly chosen")
     parser.add_argument("--tuning-words", type=int, help="of validation articles that settings are chosen on")
@@ -59,7 +68,7 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-policy", type=Path, help="also save the adapter there, e.g. pretrained/reader")
     args = parser.parse_args(arguments)
-    for name, quick, full in (("outer_steps", 25, 220), ("tuning_words", 4000, 16000), ("test_words", 25_000, 150_000)):
+    for name, quick, full in (("outer_steps", 20, 120), ("tuning_words", 5000, 13000), ("test_words", 25_000, 150_000)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     return args
@@ -85,8 +94,8 @@ def mean_loss(reader: Reader, articles: Sequence[Article], method: Method) -> fl
     return value if math.isfinite(value) else math.inf
 
 
-def tune(begin: Method, loss: Callable[[Method], float]) -> tuple[Method, list[dict[str, float]]]:
-    """Coordinate search by the steps of ``SEARCH``; every method gets as many tries."""
+def tune(begin: Method, loss: Callable[[Method], float], memory: bool = False) -> tuple[Method, list[dict[str, float]]]:
+    """Coordinate search by the steps of ``SEARCH``, the memory's where a method has one beside others to set."""
     tried: dict[Method, float] = {}
 
     def value(method: Method) -> float:
@@ -97,7 +106,7 @@ def tune(begin: Method, loss: Callable[[Method], float]) -> tuple[Method, list[d
     best = begin
     value(best)
     for name, factors in SEARCH:
-        if getattr(best, name) == 0.0:
+        if getattr(best, name) == 0.0 or (name == "memory" and not memory):
             continue
         for factor in factors:
             moved = dataclasses.replace(best, **{name: getattr(best, name) * factor})
@@ -147,7 +156,7 @@ def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> N
     policy = method.policy
     if policy is None:
         raise ValueError("only the learned method has a policy to save")
-    ratio, best = results["last_quarter_ratio"], NAMES[results["best_dynamic"]]
+    references = {key: NAMES[results[key]["reference"]] for key in ("against", "against_with_memory")}
     perplexity = {name: row["perplexity"][4] for name, row in results["methods"].items()}
     card = {
         "bundled_as": args.save_policy.name, "license": "apache-2.0",
@@ -155,17 +164,21 @@ def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> N
             "method": "back-propagation through unrolled reading: the loss on the chunk after each update",
             "tasks": ["articles of Python's documentation" if args.text == "python" else "articles"],
             "outer_steps": args.outer_steps, "seeds": [args.seed],
-            "core_hours": round(results["seconds"]["meta-training"] / 3600, 3),
+            "core_hours": round(results["seconds"]["meta-training, learned"] / 3600, 3),
             "command": "python examples/dynamic_language_model/evaluate.py",
         },
         "evaluation": {
             "suite": "a language model that learns while it reads, articles unseen in training",
-            "command": "python examples/dynamic_language_model/evaluate.py", "seeds": [args.seed], "reference": best,
+            "command": "python examples/dynamic_language_model/evaluate.py", "seeds": [args.seed],
+            "reference": references["against"],
             "summary": {
                 "perplexity, static model": perplexity["static"],
-                f"perplexity, {best}": perplexity[results["best_dynamic"]],
+                **{f"perplexity, {said}": perplexity[results[key]["reference"]] for key, said in references.items()},
                 "perplexity, this policy": perplexity["learned"],
-                "gain in the last quarter of an article, over the reference's": ratio,
+                **{
+                    f"gain in the last quarter of an article, over that of {said}": results[key]["last_quarter_ratio"]
+                    for key, said in references.items()
+                },
             },
         },
         "notes": [
@@ -224,66 +237,74 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock("static model")
     model = static_model(corpus, args)
     count = sum(p.numel() for p in model.parameters())
-    reader = Reader(model, args.choice, args.chunk)
-    reader.measure(cut(corpus.parts["meta"], 20_000))
-    print(f"  {count} weights, of which {sum(d.numel() for d in reader.differences().values())} are learned in reading")
-    validation = cut(corpus.parts["validation"], args.tuning_words)
+    readers = {choice: Reader(model, choice, args.chunk) for choice in CHOICES}
+    for choice, reader in readers.items():
+        reader.measure(cut(corpus.parts["meta"], 20_000))
+        print(f"  {choice}: {sum(d.numel() for d in reader.differences().values())} of {count} weights move in reading")
+    # Whole ones: what goes well for a thousand words may still run away later.
+    validation = thinned(corpus.parts["validation"], args.tuning_words)
 
-    clock("baselines, on validation articles")
-
-    def loss(method: Method) -> float:
-        value = mean_loss(reader, validation, method)
+    def loss(name: str, method: Method) -> float:
+        value = mean_loss(readers[CHOICE.get(name, "lstm")], validation, method)
         shown = ", ".join(f"{k} {v:.2g}" for k, v in method.settings().items())
-        print(f"  {method.kind}, {shown}: perplexity {math.exp(min(value, 50.0)):.2f}", flush=True)
+        print(f"  {name}, {shown}: perplexity {math.exp(min(value, 50.0)):.2f}", flush=True)
         return value
 
-    def tuned(begin: Method) -> Method:
-        found = kept(args.out / f"tuned_{begin.kind}.pt", lambda: _as_plain(*tune(begin, loss)))
+    def tuned(name: str, begin: Method) -> Method:
+        memory = begin.kind != "learned" and CHOICE[name] != "lstm"
+        found = kept(
+            args.out / f"tuned_{name}.pt", lambda: _as_plain(*tune(begin, functools.partial(loss, name), memory))
+        )
         return dataclasses.replace(begin, **found["settings"])
 
-    static_loss = loss(Method("static"))
+    clock("baselines, on validation articles")
     methods = {"forgetful": Method("forgetful"), "static": Method("static")}
-    methods |= {kind: tuned(BEGIN[kind]) for kind in DYNAMIC}
-    cache = tune_cache(validation, [reader.read(a.tokens, Method("static")).losses for a in validation])
+    methods |= {name: tuned(name, begin) for name, (begin, _) in BEGIN.items()}
+    cache = tune_cache(validation, [readers["lstm"].read(a.tokens, Method("static")).losses for a in validation])
 
-    clock("meta-training")
-    base = base_policy(methods["rms"].eps * reader.gradient_rms)
-    begin = dataclasses.replace(methods["rms"], kind="learned", policy=base, backend=args.backend)
-    result = learn(
-        reader, corpus.parts["meta"], begin, outer_steps=args.outer_steps, out=args.out / "meta", seed=args.seed
-    )
-    clock("learned adapter, on validation articles")
-    before = kept(args.out / "before.pt", lambda: loss(begin))
-    begin = dataclasses.replace(begin, policy=result.policy)
-    methods["learned"] = tuned(begin)
-    if loss(methods["learned"]) > before:
-        print("  meta-training made validation articles harder to read: the policy that it began with is kept")
-        methods["learned"] = dataclasses.replace(begin, policy=base)
-    on_validation = {kind: loss(methods[kind]) for kind in (*DYNAMIC, "learned")}
+    before = {}
+    for name, base_name in LEARNED.items():
+        clock(f"meta-training, {name}")
+        reader, base = readers[CHOICE[name]], methods[base_name]
+        policy = base_policy(base.eps * reader.gradient_rms)
+        begin = dataclasses.replace(base, kind="learned", memory=1.0, policy=policy, backend=args.backend)
+        result = learn(
+            reader, corpus.parts["meta"], begin, outer_steps=args.outer_steps, out=args.out / f"meta_{name}",
+            seed=args.seed,
+        )  # fmt: skip
+        clock(f"validation articles, {name}")
+        before[name] = kept(args.out / f"before_{name}.pt", functools.partial(loss, name, begin))
+        methods[name] = tuned(name, dataclasses.replace(begin, policy=result.policy))
+        if loss(name, methods[name]) > before[name]:
+            print("  meta-training made validation articles harder to read: the policy that it began with is kept")
+            methods[name] = begin
+    on_validation = {name: loss(name, methods[name]) for name in ("static", *BEGIN, *LEARNED)}
 
     clock("test articles")
     test = thinned(corpus.parts["test"], args.test_words)
     print(f"  {len(test)} articles, {sum(len(a.tokens) for a in test)} words")
-    best = min(DYNAMIC, key=on_validation.__getitem__)
-    watched = (best, "learned")
-    readings = {n: [reader.read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
+    plain = min(("sgd", "adam", "rms"), key=on_validation.__getitem__)
+    with_memory = min(("rms_memory", "rms_all"), key=on_validation.__getitem__)
+    watched = (with_memory, "learned")
+    of = {name: readers[CHOICE.get(name, "lstm")] for name in methods}
+    readings = {n: [of[n].read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
     losses = {name: [r.losses for r in found] for name, found in readings.items()}
     losses["cache"] = [cache_losses(l, a.tokens, **cache) for l, a in zip(losses["static"], test, strict=True)]
     losses = {name: losses[name] for name in NAMES}
     clock("speed")
-    speed = {name: words_per_second(reader, test, method) for name, method in methods.items()}
+    speed = {name: words_per_second(of[name], test, method) for name, method in methods.items()}
     clock("")
-    results = compare({name: quarters(l) for name, l in losses.items()}, best)
+    results = compare({name: quarters(l) for name, l in losses.items()}, plain, with_memory)
     results |= {
         "settings": chosen, "tuned": {n: m.settings() for n, m in methods.items() if m.lr} | {"cache": cache},
-        "validation": {"static": static_loss, "learned before meta-training": before, **on_validation},
-        "corpus": corpus.counts().splitlines(), "weights": count, "gradient_rms": reader.gradient_rms,
+        "validation": on_validation | {f"{name} before meta-training": value for name, value in before.items()},
+        "corpus": corpus.counts().splitlines(), "weights": count,
+        "gradient_rms": {choice: reader.gradient_rms for choice, reader in readers.items()},
         "words_per_second": speed, "seconds": clock.seconds,
     }  # fmt: skip
     (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-    updates = {
-        name: {t: [torch.tensor(r.updates[t]) for r in readings[name]] for t in reader.names} for name in watched
-    }
+    updates = {name: {t: [torch.tensor(r.updates[t]) for r in readings[name]] for t in of[name].names}
+               for name in watched}  # fmt: skip
     titles, words = [a.title for a in test], [a.words for a in test]
     torch.save({"losses": losses, "updates": updates, "titles": titles, "words": words}, args.out / "readings.pt")
     print(markdown(results))

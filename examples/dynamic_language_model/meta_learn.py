@@ -22,6 +22,9 @@ from learned_optim.meta_train import MetaTrainConfig, MetaTrainResult, meta_trai
 from learned_optim.policy import CONTEXT
 from learned_optim.tasks import TaskFamily
 
+#: Names of the parts of a reader's state.
+STATE = ("h", "c", "before")
+
 
 class Stretch:
     """A stretch of an article as a task: read it chunk by chunk, learning after each.
@@ -40,14 +43,14 @@ class Stretch:
             raise ValueError(f"article {article.title!r} has no two whole chunks from chunk {first} on")
 
     def init(self, rng: torch.Generator) -> tuple[Weights, Weights]:
-        h, c = self._reader.model.start()
-        return self._reader.differences(), {"h": h, "c": c}
+        return self._reader.differences(), dict(zip(STATE, self._reader.model.start(), strict=True))
 
     def batches(self, rng: torch.Generator) -> Iterator[Tensor]:
         return itertools.cycle(self._chunks)
 
     def loss(self, params: Weights, buffers: Weights, batch: Tensor) -> Tensor:
-        losses, (buffers["h"], buffers["c"]) = self._reader.losses(params, batch, (buffers["h"], buffers["c"]))
+        losses, state = self._reader.losses(params, batch, (buffers["h"], buffers["c"], buffers["before"]))
+        buffers.update(zip(STATE, state, strict=True))
         return losses.mean()
 
 

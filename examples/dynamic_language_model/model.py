@@ -3,6 +3,10 @@
 Short-term memory is the LSTM's state. Long-term memory is the weights that :func:`pretrain` makes. What is learned
 while reading, the memory in between, is kept as *differences* from these weights: they start at zero with every
 article, and the optimizer's weight decay is a decay back to the static weights.
+
+One weight serves this level only: the rows of ``memory``, zero in the static weights. The last word, the last two and
+the last four each name one row by a hash, and these are added to what goes into the output layer. So what one gradient
+step teaches is recalled in full where a context comes back, and nowhere else, which no step on the LSTM can do.
 """
 
 from __future__ import annotations
@@ -17,14 +21,20 @@ from data import Article
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-State = tuple[Tensor, Tensor]
+#: Output and cell of the LSTM, [1, batch, width], and the words before those to come, [3, batch].
+State = tuple[Tensor, Tensor, Tensor]
 #: Named weights, or differences from them.
 Weights = dict[str, Tensor]
 #: Which weights are learned while reading.
 CHOICES = {
-    "all": ("embedding", "bias", "input", "recurrent", "gates"),
-    "recurrent": ("bias", "input", "recurrent", "gates"),
+    "all": ("embedding", "bias", "input", "recurrent", "gates", "memory"),
+    "lstm": ("embedding", "bias", "input", "recurrent", "gates"),
+    "memory": ("bias", "memory"),
 }
+#: Numbers of words that name a row of the memory.
+CONTEXTS = (1, 2, 4)
+#: Of what is recalled: at one learning rate, what a step changes in it counts the square of this.
+STRENGTH = 1.5
 
 
 class LanguageModel(nn.Module):
@@ -34,9 +44,10 @@ class LanguageModel(nn.Module):
         vocabulary: number of words.
         width: of the embedding and of the LSTM.
         dropout: share of embedding and output units left out in training.
+        rows: of the memory, for contexts of each length.
     """
 
-    def __init__(self, vocabulary: int, width: int = 128, dropout: float = 0.4) -> None:
+    def __init__(self, vocabulary: int, width: int = 128, dropout: float = 0.4, rows: int = 1024) -> None:
         super().__init__()
         bound = 1.0 / math.sqrt(width)
         self.width, self.dropout = width, dropout
@@ -45,6 +56,8 @@ class LanguageModel(nn.Module):
         self.input = nn.Parameter(torch.empty(4 * width, width).uniform_(-bound, bound))
         self.recurrent = nn.Parameter(torch.empty(4 * width, width).uniform_(-bound, bound))
         self.gates = nn.Parameter(torch.zeros(4 * width))
+        self.rows = rows
+        self.memory = nn.Parameter(torch.zeros(len(CONTEXTS) * rows, width))
         self.register_buffer("zeros", torch.zeros(4 * width), persistent=False)
 
     def weights(self) -> Weights:
@@ -52,14 +65,15 @@ class LanguageModel(nn.Module):
         return {name: p.detach() for name, p in self.named_parameters()}
 
     def start(self, batch: int = 1) -> State:
-        """The LSTM's state at the beginning of an article, [1, batch, width] each."""
-        return torch.zeros(1, batch, self.width), torch.zeros(1, batch, self.width)
+        """The state at the beginning of an article."""
+        h, c = torch.zeros(2, 1, batch, self.width)
+        return h, c, torch.zeros(max(CONTEXTS) - 1, batch, dtype=torch.int64)
 
     def losses(self, weights: Weights, tokens: Tensor, state: State, dropout: float = 0.0) -> tuple[Tensor, State]:
         """Losses in nats of each word but the first, given those before it.
 
         Args:
-            weights: by name, all of them.
+            weights: by name; without ``memory``, it counts as zero.
             tokens: [length + 1, batch].
             state: after the words before ``tokens``.
             dropout: share of units left out.
@@ -67,13 +81,32 @@ class LanguageModel(nn.Module):
         Returns:
             [length, batch], and the state after all but the last word.
         """
+        h, c, before = state
         seen = F.dropout(F.embedding(tokens[:-1], weights["embedding"]), dropout)
         lstm = [weights["input"], weights["recurrent"], weights["gates"], self.zeros]
-        hidden, h, c = torch.lstm(seen, state, lstm, True, 1, 0.0, False, False, False)  # pyright: ignore
-        hidden = F.dropout(hidden, dropout).flatten(0, 1)
-        scores = torch.addmm(weights["bias"], hidden, weights["embedding"].T)
+        hidden, h, c = torch.lstm(seen, (h, c), lstm, True, 1, 0.0, False, False, False)  # pyright: ignore
+        hidden = F.dropout(hidden, dropout)
+        before = torch.cat([before, tokens[:-1]])
+        if "memory" in weights:
+            hidden = hidden + STRENGTH * F.embedding(self.recalled(before), weights["memory"]).sum(0)
+        scores = torch.addmm(weights["bias"], hidden.flatten(0, 1), weights["embedding"].T)
         losses = F.cross_entropy(scores, tokens[1:].flatten(), reduction="none")
-        return losses.view(tokens.shape[0] - 1, tokens.shape[1]), (h, c)
+        return losses.view(tokens.shape[0] - 1, tokens.shape[1]), (h, c, before[1 - max(CONTEXTS) :])
+
+    def recalled(self, words: Tensor) -> Tensor:
+        """The memory's rows for each word but the first three, [contexts, length, batch]; those before it count too."""
+        most = max(CONTEXTS)
+        length, code, found = len(words) - most + 1, torch.zeros((), dtype=torch.int64), []
+        for back in range(most):
+            # Any mixing will do that fits into 64 bits.
+            code = ((code + words[most - 1 - back :][:length] + 1) * 1_000_003 + back) % 2_147_483_647
+            if back + 1 in CONTEXTS:
+                found.append(code * 48_271 % 2_147_483_647 % self.rows + self.rows * len(found))
+        return torch.stack(found)
+
+
+def detached(state: State) -> State:
+    return state[0].detach(), state[1].detach(), state[2]
 
 
 def with_start(tokens: Tensor) -> Tensor:
@@ -88,11 +121,11 @@ def pretrain(
     """The static level: AdamW with a cosine schedule over streams of articles in random order."""
     torch.manual_seed(seed)
     model = LanguageModel(vocabulary, width, dropout)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW([getattr(model, name) for name in CHOICES["lstm"]], lr=lr, weight_decay=0.05)
     count = sum(len(a.tokens) + 1 for a in articles)
     per_epoch = max(1, count // rows // length)
     steps = max(1, round(epochs * per_epoch))
-    weights: Weights = dict(model.named_parameters())  # pyright: ignore[reportAssignmentType]
+    weights: Weights = {name: getattr(model, name) for name in CHOICES["lstm"]}
     begun, total = time.perf_counter(), 0.0
     stream, state = torch.empty(0), model.start(rows)
     for step in range(steps):
@@ -109,7 +142,7 @@ def pretrain(
         for group in optimizer.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 50) * 0.5 * (1.0 + math.cos(math.pi * step / steps))
         losses, state = model.losses(weights, tokens, state, dropout)
-        state = (state[0].detach(), state[1].detach())
+        state = detached(state)
         loss = losses.mean()
         optimizer.zero_grad()
         loss.backward()

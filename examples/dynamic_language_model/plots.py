@@ -27,12 +27,12 @@ from torch import Tensor
 HERE = Path(__file__).parent
 COLORS = {
     "forgetful": "0.75", "static": "0.35", "cache": "#b58900", "sgd": "#74a9cf", "adam": "#7a5195", "rms": "#1f5fa8",
-    "learned": "#d1495b",
+    "rms_memory": "#8fbc8f", "rms_all": "#2e7d32", "learned_memory": "#f0a3ab", "learned": "#d1495b",
 }  # fmt: skip
 TENSORS = {
     "embedding": ("embedding and output", "#1f5fa8"), "bias": ("output bias", "#74a9cf"),
     "input": ("LSTM, from input", "#d1495b"), "recurrent": ("LSTM, recurrent", "#edae49"),
-    "gates": ("LSTM, bias", "#66a182"),
+    "gates": ("LSTM, bias", "#66a182"), "memory": ("memory", "0.4"),
 }  # fmt: skip
 #: Difference in nats that is coloured fully.
 FULL = 3.0
@@ -59,7 +59,7 @@ def bootstrapped(sums: Tensor, draws: int = 1000) -> tuple[Tensor, Tensor]:
     return total[:, 0] / total[:, 1], torch.nanquantile(drawn[..., 0] / drawn[..., 1], bounds, 0)
 
 
-def positions(losses: dict[str, list[Tensor]], best: str) -> Figure:
+def positions(losses: dict[str, list[Tensor]], compared: Sequence[str]) -> Figure:
     """Loss, and gain over the static model, against the position in the article."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
     left, right = figure.subplots(1, 2)
@@ -76,7 +76,7 @@ def positions(losses: dict[str, list[Tensor]], best: str) -> Figure:
             gain = [s - l for s, l in zip(losses["static"], found, strict=True)]
             mean, band = bootstrapped(binned(gain, width))
             right.plot(x, mean[:bins], color=COLORS[name], lw=2.4 if name == "learned" else 1.4)
-            if name in (best, "learned"):
+            if name in compared:
                 right.fill_between(x, *band[:, :bins], color=COLORS[name], alpha=0.18, lw=0)
     left.set(title="Loss while reading", xlabel="words read so far", ylabel="loss, nats per word")
     right.set(title="Gain over the static model", xlabel="words read so far", ylabel="nats per word")
@@ -149,21 +149,21 @@ def updates(by_method: dict[str, dict[str, list[Tensor]]]) -> Figure:
         axes.yaxis.set_minor_formatter("")
     all_axes[0].set_ylabel("size of an update, % of the weights")
     handles, labels = all_axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
+    figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
     return figure
 
 
-def lengths(losses: dict[str, list[Tensor]], best: str) -> Figure:
+def lengths(losses: dict[str, list[Tensor]], compared: Sequence[str]) -> Figure:
     """Gain over a whole article against its length."""
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
     x = torch.tensor([float(len(l)) for l in losses["static"]])
     gains = {
         name: torch.stack([(s - l).mean() for s, l in zip(losses["static"], losses[name], strict=True)])
-        for name in (best, "learned")
+        for name in compared
     }
-    for low, high, length in zip(gains[best].tolist(), gains["learned"].tolist(), x.tolist(), strict=True):
-        axes.plot([length, length], [low, high], color="0.8", lw=1, zorder=1)
+    for length, values in zip(x.tolist(), torch.stack(list(gains.values()), 1).tolist(), strict=True):
+        axes.plot([length, length], [min(values), max(values)], color="0.8", lw=1, zorder=1)
     for name, gain in gains.items():
         axes.scatter(x, gain, color=COLORS[name], s=28, label=NAMES[name], zorder=2)
         design = torch.stack([torch.ones_like(x), x.log()], 1)
@@ -176,7 +176,7 @@ def lengths(losses: dict[str, list[Tensor]], best: str) -> Figure:
     ticks = [t for t in (200, 400, 700, 1000, 2000, 4000, 8000) if float(x.min()) * 0.8 < t < float(x.max()) * 1.25]
     axes.set_xticks(ticks, [str(t) for t in ticks])
     axes.minorticks_off()
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper left")
     axes.set_title("Gain against the length of the article")
     return figure
 
@@ -225,9 +225,10 @@ def draw(run: Path) -> None:
         raise SystemExit(f"no {path}: run evaluate.py with --out {run} first")
     results = json.loads(path.read_text(encoding="utf-8"))
     read = torch.load(run / "readings.pt", weights_only=True)
-    losses, best = read["losses"], results["best_dynamic"]
-    figures = {"positions": positions(losses, best), "updates": updates(read["updates"]),
-               "lengths": lengths(losses, best), "levels": levels()}  # fmt: skip
+    losses = read["losses"]
+    compared = (results["against"]["reference"], results["against_with_memory"]["reference"], "learned")
+    figures = {"positions": positions(losses, compared[::2]), "updates": updates(read["updates"]),
+               "lengths": lengths(losses, compared), "levels": levels()}  # fmt: skip
     # Of the articles that fit on a page, the one whose gain is nearest to the gain of all.
     fitting = [i for i, w in enumerate(read["words"]) if len(w) <= 1100] or [0]
     gain = results["methods"]["learned"]["gain"][4]
@@ -243,8 +244,11 @@ def draw(run: Path) -> None:
 
 def filled(readme: str, results: dict[str, Any]) -> str:
     """The README with this run's table and counts between its marks."""
-    tried = results["tuned"]
-    rows = [f"| {NAMES[n]} | {', '.join(f'{k} {v:.3g}' for k, v in s.items())} |" for n, s in tried.items()]
+    rows = []
+    for name, tried in results["tuned"].items():
+        # The factor for the memory is no setting where there is none, or where the rule knows it.
+        shown = {k: v for k, v in tried.items() if k != "memory" or name in ("cache", "rms_memory", "rms_all")}
+        rows.append(f"| {NAMES[name]} | {', '.join(f'{k} {v:.3g}' for k, v in shown.items())} |")
     speed = results["words_per_second"]
     paces = [f"| {NAMES[n]} | {v:.0f} | {v / speed['static']:.2f} |" for n, v in speed.items()]
     parts = {

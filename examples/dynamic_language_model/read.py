@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from data import Article
-from model import CHOICES, LanguageModel, State, Weights, with_start
+from model import CHOICES, LanguageModel, State, Weights, detached, with_start
 from torch import Tensor
 
 from learned_optim import LearnedOptimizer, Policy
@@ -29,6 +29,9 @@ class Method:
         lr: learning rate.
         decay: share of the way back to the static weights that every step takes.
         eps: added to the root of the second moments, as a multiple of the gradient's rms over the training text.
+        memory: factor of the learning rate for the memory; ``learned`` knows by itself.
+        clip: bound of the gradient's norm, in units of its root mean square over the training text. Where text repeats
+            itself within a chunk, steps would run away otherwise.
         policy: of ``learned``.
         backend: of ``learned``.
     """
@@ -37,18 +40,20 @@ class Method:
     lr: float = 0.0
     decay: float = 0.0
     eps: float = 0.0
+    memory: float = 1.0
+    clip: float = 2.0
     policy: Policy | None = None
     backend: Literal["compiled", "eager"] = "compiled"
 
     def settings(self) -> dict[str, float]:
-        return {"lr": self.lr, "decay": self.decay, "eps": self.eps}
+        return {"lr": self.lr, "decay": self.decay, "eps": self.eps, "memory": self.memory, "clip": self.clip}
 
 
 class Reading(NamedTuple):
     """What came of reading an article."""
 
     losses: Tensor  #: [words], nats, each before anything was learned from its chunk
-    updates: dict[str, list[float]]  #: rms of every step's change over the rms of the static weights, by tensor
+    updates: dict[str, list[float]]  #: rms of every step's change over the rms of the weights after it, by tensor
 
 
 class Reader:
@@ -66,9 +71,11 @@ class Reader:
         if chunk < 1:
             raise ValueError(f"chunk must be 1 word or more, found {chunk}")
         self.model, self.chunk = model, chunk
-        self.static = model.weights()
         self.names = CHOICES[choice]
-        self.warm = WarmStart({}, STEPS_BEFORE)
+        self.static = model.weights()
+        if "memory" not in self.names:
+            del self.static["memory"]
+        self.warm, self.gradient_norm = WarmStart({}, STEPS_BEFORE), math.inf
 
     def measure(self, articles: Sequence[Article]) -> None:
         """Gather the mean square of the gradient of a chunk's loss at the static weights; all methods share it."""
@@ -88,11 +95,12 @@ class Reader:
             raise ValueError("no articles to measure the gradients on")
         self.warm = WarmStart({name: t / count for name, t in total.items()}, STEPS_BEFORE)
 
+        self.gradient_norm = math.sqrt(sum(float(v.sum()) for v in self.warm.second_moments.values()))
+
     @property
     def gradient_rms(self) -> float:
         """Of all learned weights together."""
-        moments = torch.cat([v.flatten() for v in self.warm.second_moments.values()])
-        return math.sqrt(float(moments.mean()))
+        return self.gradient_norm / math.sqrt(sum(v.numel() for v in self.warm.second_moments.values()))
 
     def differences(self) -> Weights:
         """Zero differences from the static weights, of those that are learned."""
@@ -109,7 +117,7 @@ class Reader:
         for name, d in difference.items():
             weights[name] = self.static[name] + d
         losses, state = self.model.losses(weights, tokens[:, None], state)
-        return losses[:, 0], (state[0].detach(), state[1].detach())
+        return losses[:, 0], detached(state)
 
     def read(self, tokens: Tensor, method: Method, watch: bool = False) -> Reading:
         """Read an article; nothing of it is left afterwards.
@@ -136,17 +144,20 @@ class Reader:
             grads = torch.autograd.grad(found.mean(), list(params.values()))
             for p, g in zip(params.values(), grads, strict=True):
                 p.grad = g
+            torch.nn.utils.clip_grad_norm_(params.values(), method.clip * self.gradient_norm)
             before = {name: p.detach().clone() for name, p in params.items()} if watch else {}
             optimizer.step()
             for name, old in before.items():
-                updates[name].append(float(_rms(params[name].detach() - old) / _rms(self.static[name])))
+                now = params[name].detach()
+                updates[name].append(float(_rms(now - old) / _rms(self.static[name] + now).clamp(min=1e-20)))
         return Reading(torch.cat(losses), updates)
 
     def _static(self, chunks: list[Tensor], state: State, forgetful: bool) -> Tensor:
         losses = []
+        weights = {name: w for name, w in self.static.items() if name != "memory"}  # it is zero
         with torch.no_grad():
             for chunk in chunks:
-                found, after = self.model.losses(self.static, chunk[:, None], state)
+                found, after = self.model.losses(weights, chunk[:, None], state)
                 losses.append(found[:, 0])
                 state = state if forgetful else after
         return torch.cat(losses)
@@ -154,14 +165,15 @@ class Reader:
     def optimizer(self, method: Method, params: Weights) -> torch.optim.Optimizer:
         """A fresh optimizer over differences from the static weights."""
         lr, values = method.lr, list(params.values())
+        groups = [{"params": [p], "lr": lr * (method.memory if n == "memory" else 1.0)} for n, p in params.items()]
         if method.kind == "sgd":
-            return torch.optim.SGD(values, lr=lr, weight_decay=method.decay / lr)
+            return torch.optim.SGD(groups, lr=lr, weight_decay=method.decay / lr)
         eps = method.eps * self.gradient_rms
         if method.kind == "rms":
-            return RmsDynamic(values, list(self.warm.second_moments.values()), lr, method.decay, eps)
+            return RmsDynamic(groups, list(self.warm.second_moments.values()), lr, method.decay, eps)
         kwargs: dict[str, Any] = {"lr": lr, "eps": eps, "weight_decay": method.decay / lr}
         if method.kind == "adam":
-            optimizer: torch.optim.Optimizer = torch.optim.AdamW(values, **kwargs, foreach=False, fused=True)
+            optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, **kwargs, foreach=False, fused=True)
         elif method.kind == "learned":
             optimizer = LearnedOptimizer(values, **kwargs, policy=method.policy or "default", backend=method.backend)
         else:
@@ -176,7 +188,7 @@ class RmsDynamic(torch.optim.Optimizer):
         difference -= lr g / (rms + eps) + difference * min(decay rms / mean(rms), 1)
 
     Args:
-        params: differences from the static weights.
+        params: differences from the static weights, or groups of one each.
         second_moments: mean squares of the gradient, one tensor per parameter.
         lr: learning rate.
         decay: mean share of the way back that every step takes.
@@ -184,7 +196,7 @@ class RmsDynamic(torch.optim.Optimizer):
     """
 
     def __init__(
-        self, params: Sequence[Tensor], second_moments: Sequence[Tensor], lr: float, decay: float, eps: float
+        self, params: Sequence[Any], second_moments: Sequence[Tensor], lr: float, decay: float, eps: float
     ) -> None:
         super().__init__(params, {"lr": lr, "decay": decay})
         rms = [v.sqrt() for v in second_moments]
@@ -194,11 +206,11 @@ class RmsDynamic(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:
-        for group in self.param_groups:
-            for p, inverse, relative in zip(group["params"], self.inverse, self.relative, strict=True):
-                if group["decay"]:
-                    p.addcmul_(p, (relative * group["decay"]).clamp_(max=1.0), value=-1.0)
-                p.addcmul_(p.grad, inverse, value=-group["lr"])
+        places = [(group, p) for group in self.param_groups for p in group["params"]]
+        for (group, p), inverse, relative in zip(places, self.inverse, self.relative, strict=True):
+            if group["decay"]:
+                p.addcmul_(p, (relative * group["decay"]).clamp_(max=1.0), value=-1.0)
+            p.addcmul_(p.grad, inverse, value=-group["lr"])
 
 
 def cache_losses(losses: Tensor, tokens: Tensor, weight: float, memory: float) -> Tensor:

@@ -16,6 +16,9 @@ NAMES = {
     "sgd": "dynamic evaluation, SGD",
     "adam": "dynamic evaluation, Adam",
     "rms": "dynamic evaluation, RMS and decay",
+    "rms_memory": "dynamic evaluation, RMS, memory alone",
+    "rms_all": "dynamic evaluation, RMS, with memory",
+    "learned_memory": "learned adapter, memory alone",
     "learned": "learned adapter",
 }
 
@@ -28,12 +31,15 @@ def quarters(losses: Sequence[Tensor]) -> Tensor:
     )
 
 
-def compare(by_method: dict[str, Tensor], best: str, draws: int = 4000, seed: int = 0) -> dict[str, Any]:
+def compare(
+    by_method: dict[str, Tensor], plain: str, with_memory: str, draws: int = 4000, seed: int = 0
+) -> dict[str, Any]:
     """Perplexities by quarter with 95% bootstrap intervals over articles, and gains over the static model.
 
     Args:
         by_method: :func:`quarters` of each method.
-        best: the dynamic evaluation that the learned adapter is compared with.
+        plain: the best dynamic evaluation of the LSTM's weights.
+        with_memory: the best dynamic evaluation that has the memory as well.
         draws: of the bootstrap.
         seed: of it.
     """
@@ -56,14 +62,22 @@ def compare(by_method: dict[str, Tensor], best: str, draws: int = 4000, seed: in
             "perplexity": means[name].exp().tolist(), "perplexity_interval": interval(draw_means[name].exp()),
             "gain": gain.tolist(), "gain_interval": interval(drawn_gain),
         }  # fmt: skip
-    sums = by_method["learned"].sum(1)[:, 0] - by_method[best].sum(1)[:, 0]
-    paired = (draw_means["learned"] - draw_means[best])[:, [0, 3, 4]]
-    ratio = (means["static"] - means["learned"])[3] / (means["static"] - means[best])[3]
-    drawn = (draw_means["static"] - draw_means["learned"])[:, 3] / (draw_means["static"] - draw_means[best])[:, 3]
-    return {"methods": table, "best_dynamic": best, "articles": count, "articles_better": int((sums < 0.0).sum()),
-            "difference": (means["learned"] - means[best])[[0, 3, 4]].tolist(),
-            "difference_interval": interval(paired), "last_quarter_ratio": float(ratio),
-            "last_quarter_ratio_interval": interval(drawn[:, None])[0]}  # fmt: skip
+
+    def against(name: str) -> dict[str, Any]:
+        sums = by_method["learned"].sum(1)[:, 0] - by_method[name].sum(1)[:, 0]
+        columns = [0, 3, 4]
+        ratio = (means["static"] - means["learned"])[3] / (means["static"] - means[name])[3]
+        drawn = (draw_means["static"] - draw_means["learned"])[:, 3] / (draw_means["static"] - draw_means[name])[:, 3]
+        return {
+            "reference": name, "articles_better": int((sums < 0.0).sum()),
+            "difference": (means["learned"] - means[name])[columns].tolist(),
+            "difference_interval": interval((draw_means["learned"] - draw_means[name])[:, columns]),
+            "last_quarter_ratio": float(ratio), "last_quarter_ratio_interval": interval(drawn[:, None])[0],
+        }  # fmt: skip
+
+    return {
+        "methods": table, "articles": count, "against": against(plain), "against_with_memory": against(with_memory)
+    }  # fmt: skip
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -77,21 +91,21 @@ def markdown(results: dict[str, Any]) -> str:
         ]
         low, high = row["gain_interval"][3]
         rows.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['gain'][3]:.3f} ({low:.3f} to {high:.3f}) |")
-    low, high = results["last_quarter_ratio_interval"]
-    ratio = results["last_quarter_ratio"]
-    best = NAMES[results["best_dynamic"]]
-    better = f"{results['articles_better']} of {results['articles']}"
-    rows += [
-        "", f"Gain of the learned adapter in the last quarter over that of *{best}*: {ratio:.2f} ({low:.2f} to "
-        f"{high:.2f}). Its loss is lower on {better} articles; the paired difference in nats per word is "
-        f"{_differences(results)}.",
-    ]  # fmt: skip
+    for key in ("against", "against_with_memory"):
+        found = results[key]
+        low, high = found["last_quarter_ratio_interval"]
+        better = f"{found['articles_better']} of {results['articles']}"
+        rows += [
+            "", f"Gain of the learned adapter in the last quarter over that of *{NAMES[found['reference']]}*: "
+            f"{found['last_quarter_ratio']:.2f} ({low:.2f} to {high:.2f}). Its loss is lower on {better} articles; the "
+            f"paired difference in nats per word is {_differences(found)}.",
+        ]  # fmt: skip
     return "\n".join(rows)
 
 
-def _differences(results: dict[str, Any]) -> str:
+def _differences(found: dict[str, Any]) -> str:
     parts = zip(
         ("in the first quarter", "in the last", "over the whole"),
-        results["difference"], results["difference_interval"], strict=True,
+        found["difference"], found["difference_interval"], strict=True,
     )  # fmt: skip
     return ", ".join(f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {where}" for where, value, (low, high) in parts)
