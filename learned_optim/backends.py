@@ -8,22 +8,23 @@ The passes of a step over what is shown together are those of :mod:`learned_opti
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim import update_rule
 from learned_optim.balance import Squares, rows_and_columns
-from learned_optim.cells import CoordinateState, Hyperparameters
+from learned_optim.cells import CoordinateState
 from learned_optim.coordinates import Segments, Whole
 from learned_optim.features import TensorSums
+from learned_optim.jobs import Flat, Job
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.rounding import rounded_state
-from learned_optim.waves import Head, copy_all, limit
+from learned_optim.waves import Head, Tensors, copy_all, limit
 
 #: Tensors up to this many coordinates are run side by side, in vectors of up to this many coordinates. Below torch's
 #: grain size for threads, so that no thread boundary can fall differently when tensors are grouped differently.
@@ -32,30 +33,6 @@ SMALL = 1 << 15
 CHUNK = 1 << 16
 #: Padding of small tensors: a multiple of every SIMD vector's length.
 ALIGN = 64
-
-
-#: What is kept per tensor, in the state's names and the memory's order (see ``update_rule.coefficients``).
-MEMORY = ("cosine_fast", "cosine_slow", "log_pace")
-
-
-class Job(NamedTuple):
-    """One parameter's tensors for one step; real, with any strides, state planes shaped like the parameter."""
-
-    param: Tensor
-    grad: Tensor
-    planes: tuple[Tensor, ...]  #: exp_avg, exp_avg_sq, hidden_0, ...
-    memory: tuple[Tensor, ...]  #: 0-d: fast and slow cosine, logarithm of the pace
-    step: float  #: t >= 1
-    hyper: Hyperparameters
-    shape: torch.Size  #: of the whole parameter, of which the tensors may be a shard
-    place: tuple[int, int]  #: number of the parameter's group, and of the parameter in it
-    trust: Tensor | None = None  #: 0-d, where there is a safeguard
-    origin: tuple[int, int] = (0, 0)  #: row and column of the whole parameter at which a shard begins
-
-    @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """Parameter, gradient and planes."""
-        return (self.param, self.grad, *self.planes)
 
 
 class Backend(Protocol):
@@ -67,8 +44,8 @@ class Backend(Protocol):
     @property
     def head(self) -> Head: ...
 
-    def prepare(self, params: list[Tensor]) -> None:
-        """Hear, before a step, of all parameters that it will update."""
+    def prepare(self, jobs: list[Job]) -> None:
+        """Hear, before a step, of all of its jobs."""
         ...
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
@@ -121,19 +98,17 @@ class EagerBackend:
         self.head = Head(policy)
         self.numbers = {name: w.tolist() for name, w in self.head.weights.items()}
 
-    def prepare(self, params: list[Tensor]) -> None:
+    def prepare(self, jobs: list[Job]) -> None:
         pass
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
         small: dict[tuple, list[Job]] = {}
         for job in jobs:
-            if job.param.numel() > limit(SMALL, job.param.device):
+            if job.numel > limit(SMALL, job.format.device):
                 unit = _Large(self, job)
-                yield unit, job.param.numel() if unit.flat.copied else 0
-            elif job.param.numel() > 0:
-                kept = tuple(t.dtype for t in job.planes)
-                key = (job.hyper, job.step, job.param.device, arithmetic_dtype(job.param.dtype), kept)
-                small.setdefault(key, []).append(job)
+                yield unit, job.numel if unit.flat.copied else 0
+            elif job.numel > 0:
+                small.setdefault((job.moment, job.format), []).append(job)
         for same_kind in small.values():
             for batch in _bins(same_kind):
                 unit = _Batch(self, batch)
@@ -147,7 +122,7 @@ class _Large:
         self.backend, self.jobs = backend, [job]
         self.dtype = arithmetic_dtype(job.param.dtype)
         self.layout = _whole(job.param.shape, job.param.device)
-        self.now = update_rule.step_numbers(job.step, job.hyper)
+        self.now = job.moment.numbers
         self.flat = Flat(job, is_balanced(backend.head.config, job))
         self.chunk = limit(CHUNK, job.param.device)
 
@@ -185,14 +160,13 @@ class _Batch:
     def __init__(self, backend: EagerBackend, jobs: list[Job]) -> None:
         self.backend, self.jobs = backend, jobs
         first = jobs[0]
-        self.dtype = arithmetic_dtype(first.param.dtype)
-        self.layout = _segments(tuple(job.param.shape for job in jobs), first.param.device)
-        self.now = update_rule.step_numbers(first.step, first.hyper)
-        size = sum(self.layout.sizes)
-        vectors = torch.zeros(len(first.tensors), size, dtype=self.dtype, device=first.param.device)
-        for vector, sources in zip(vectors, zip(*(job.tensors for job in jobs), strict=True), strict=True):
-            copy_all(self._pieces(vector), list(sources))
-        p, g, m, v, *h = vectors.unbind()
+        device, self.dtype = first.format.device, arithmetic_dtype(first.format.param)
+        self.layout = _segments(tuple([job.param.shape for job in jobs]), device)
+        self.packing = packing(tuple([job.numel for job in jobs]), ALIGN, device)
+        self.now = first.moment.numbers
+        self.vectors = [_vectors(job) for job in jobs]
+        planes = zip(*(vectors.planes for vectors in self.vectors), strict=True)
+        p, g, m, v, *h = (self.packing.pack(plane, self.dtype) for plane in planes)
         self.inputs = p, g, CoordinateState(m, v, tuple(h))
 
     def measure(self, squares: Squares | None) -> TensorSums:
@@ -212,14 +186,76 @@ class _Batch:
                 shares.write(job, place[: job.param.numel()])
         p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now, factor=factor)
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
-        targets = zip(*((job.param, *job.planes) for job in self.jobs), strict=True)
-        for vector, old in zip((p, state.exp_avg, state.exp_avg_sq, *state.hidden), targets, strict=True):
-            copy_all(list(old), self._pieces(vector))
+        targets = list(zip(*(vectors.planes for vectors in self.vectors), strict=True))
+        changed = (p, state.exp_avg, state.exp_avg_sq, *state.hidden)
+        for vector, old in zip(changed, (targets[0], *targets[2:]), strict=True):
+            copy_all(old, self.packing.unpack(vector))
+        for vectors in self.vectors:
+            if vectors.flat is not None:
+                vectors.flat.write_back()
 
-    def _pieces(self, vector: Tensor) -> list[Tensor]:
-        """The jobs' coordinates in a padded vector, each shaped like its parameter."""
-        pieces = zip(vector.split(self.layout.sizes), self.jobs, strict=True)
-        return [piece[: job.param.numel()].view(job.param.shape) for piece, job in pieces]
+
+class _Vectors:
+    """A small job's tensors as vectors, in the order of their indices; kept with it where they need no copies."""
+
+    def __init__(self, job: Job) -> None:
+        flat = Flat(job, in_order=True)
+        self.flat, self.planes = flat if flat.copied else None, flat.vectors
+
+    def let_go(self) -> None:
+        self.planes[1] = self.planes[0]
+
+
+def _vectors(job: Job) -> _Vectors:
+    vectors = job.kept
+    if isinstance(vectors, _Vectors):
+        vectors.planes[1] = job.grad.reshape(-1)
+        return vectors
+    vectors = _Vectors(job)
+    job.kept = None if vectors.flat else vectors
+    return vectors
+
+
+class Packing:
+    """Vectors side by side in one, each with zeros behind up to a multiple of ``align``, the last with some more.
+
+    Args:
+        sizes: of the vectors, 1 or more.
+        align: see above.
+        device: where they are.
+        spare: further zeros at the end.
+    """
+
+    def __init__(self, sizes: Sequence[int], align: int, device: torch.device, spare: int = 0) -> None:
+        self.sizes = sizes
+        self._gaps = [-size % align for size in sizes]
+        self._gaps[-1] += spare
+        lengths = [n for both in zip(sizes, self._gaps, strict=True) for n in both]
+        self.total = sum(lengths)
+        self._lengths = [n for n in lengths if n]
+        gapless = len(self._lengths) == len(sizes)
+        used = itertools.accumulate((1 + bool(gap) for gap in self._gaps[:-1]), initial=0)
+        self._used = None if gapless else list(used)
+        self._device = device
+        self._zeros: dict[torch.dtype, list[Tensor]] = {}
+
+    def pack(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+        """[total], of a dtype to which those of the vectors can be promoted."""
+        if dtype not in self._zeros:
+            zeros = torch.zeros(max(self._gaps), dtype=dtype, device=self._device)
+            self._zeros[dtype] = [zeros[:gap] for gap in self._gaps]
+        both = zip(vectors, self._zeros[dtype], strict=True)
+        return torch.cat([part for pair in both for part in pair]).to(dtype)
+
+    def unpack(self, vector: Tensor) -> Tensors:
+        """Views of the vectors in one of length ``total``."""
+        pieces = vector.split_with_sizes(self._lengths)
+        return pieces if self._used is None else [pieces[i] for i in self._used]
+
+
+@lru_cache(maxsize=256)
+def packing(sizes: tuple[int, ...], align: int, device: torch.device, spare: int = 0) -> Packing:
+    return Packing(sizes, align, device, spare)
 
 
 def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
@@ -227,61 +263,11 @@ def _bins(jobs: Iterable[Job]) -> Iterator[list[Job]]:
     batch: list[Job] = []
     filled = 0
     for job in jobs:
-        size = -(-job.param.numel() // ALIGN) * ALIGN
-        if batch and filled + size > limit(SMALL, job.param.device):
+        size = -(-job.numel // ALIGN) * ALIGN
+        if batch and filled + size > limit(SMALL, job.format.device):
             yield batch
             batch, filled = [], 0
         batch.append(job)
         filled += size
     if batch:
         yield batch
-
-
-class Flat:
-    """A job's tensors as vectors, all in one order of coordinates.
-
-    With ``in_order`` that is the order of their indices. Tensors that are contiguous, or else dense and of the same
-    strides (channels_last, transposed), are seen through views of their memory. Others are copied, and
-    :meth:`write_back` copies what has changed back.
-    """
-
-    def __init__(self, job: Job, in_order: bool = False) -> None:
-        self.job = job
-        contiguous = all(t.is_contiguous() for t in job.tensors)
-        self.copied = not (contiguous or (not in_order and _share_order(job.tensors)))
-        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
-        in_place = (job.param.detach(), *job.tensors[1:])
-        self.tensors = tuple(t.contiguous() for t in job.tensors) if self.copied else in_place
-
-    @property
-    def vectors(self) -> list[Tensor]:
-        """[n] each."""
-        return self.piece(0, self.job.param.numel())
-
-    def piece(self, start: int, *shape: int) -> list[Tensor]:
-        """The coordinates from ``start`` on, in one or two dimensions."""
-        stride = (shape[1], 1) if len(shape) == 2 else (1,)
-        return [t.as_strided(shape, stride, t.storage_offset() + start) for t in self.tensors]
-
-    def write_back(self) -> None:
-        """Must follow the last change of the vectors."""
-        if self.copied:
-            for i, (copy, original) in enumerate(zip(self.tensors, self.job.tensors, strict=True)):
-                if i != 1 and copy is not original:  # all but the gradient
-                    original.copy_(copy)
-
-
-def _share_order(tensors: tuple[Tensor, ...]) -> bool:
-    """Whether the tensors' memory holds the same coordinates in the same order, without gaps."""
-    return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
-
-
-def _is_dense(tensor: Tensor) -> bool:
-    """Whether the tensor covers its memory without gaps or overlaps, in some order of its dimensions."""
-    size = 1
-    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
-        if length != 1:
-            if stride != size:
-                return False
-            size *= length
-    return size == math.prod(tensor.shape)

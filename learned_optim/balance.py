@@ -25,7 +25,7 @@ from torch import Tensor
 from learned_optim.policy import PolicyConfig
 
 if TYPE_CHECKING:
-    from learned_optim.backends import Job
+    from learned_optim.jobs import Job
 
 
 def rows_and_columns(shape: Sequence[int]) -> tuple[int, int] | None:

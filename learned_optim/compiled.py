@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache, lru_cache
@@ -10,10 +11,10 @@ from functools import cache, lru_cache
 import torch
 from torch import Tensor
 
-from learned_optim import update_rule
-from learned_optim.backends import Backend, EagerBackend, Flat, Job, Unit, is_balanced
+from learned_optim.backends import Backend, EagerBackend, Packing, Unit, is_balanced, packing
 from learned_optim.balance import Squares
 from learned_optim.features import TensorSums
+from learned_optim.jobs import Flat, Format, Job, piece_of
 from learned_optim.kernels import (
     WIDTH,
     CompilationError,
@@ -46,39 +47,35 @@ class CompiledBackend:
         self.name = f"compiled ({why})" if why else "compiled"
         self.head = Head(policy)
         self._weights: dict[tuple, Tensor] = {}
-        self._kernels: dict[tuple, Kernels] = {}
-        self._views: dict[int, _Views] = {}
+        self._kernels: dict[Format, Kernels] = {}
 
-    def prepare(self, params: list[Tensor]) -> None:
-        if len(self._views) > len(params):
-            self._views.clear()  # of parameters that are no longer trained, among them
+    def prepare(self, jobs: list[Job]) -> None:
+        pass
 
-    def kernels(self, job: Job) -> Kernels:
+    def kernels(self, form: Format) -> Kernels:
         """Those for tensors like these."""
-        device = job.param.device
-        key = (device, tuple([t.dtype for t in job.tensors]))
-        if key not in self._kernels:
-            self._kernels[key] = kernels(Kind(self.head.config, str(device), key[1]))
-            if device.type != "cpu":  # where each small operation is a launch
-                self.head.compute[device] = compiled_head(tensor_numbers)
-        return self._kernels[key]
+        if form not in self._kernels:
+            kind = Kind(self.head.config, str(form.device), (form.param, form.grad, *form.planes))
+            self._kernels[form] = kernels(kind)
+            if form.device.type != "cpu":  # where each small operation is a launch
+                self.head.compute[form.device] = compiled_head(tensor_numbers)
+        return self._kernels[form]
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
-        kinds: dict[tuple, list[Job]] = {}
+        kinds: dict[Format, list[Job]] = {}
         for job in jobs:
-            if job.param.numel() > 0:
-                kinds.setdefault((job.param.device, *(t.dtype for t in job.tensors)), []).append(job)
-        for same_kind in kinds.values():
+            if job.numel > 0:
+                kinds.setdefault(job.format, []).append(job)
+        for form, same_kind in kinds.items():
             for several, copied in self._waves(same_kind):
-                yield _Rows(self, several), copied
+                yield _Rows(self, form, several), copied
 
     def views(self, job: Job) -> _Views:
-        """Views of the job's tensors; those of the last step, where the tensors are the same but for the gradient."""
-        views = self._views.get(id(job.param))
-        if views is None or not views.take(job):
+        """Views of the job's tensors; those of the last step, where all is as it was but for the gradient."""
+        views = job.kept
+        if not isinstance(views, _Views) or not views.take(job.grad):
             views = _Views(job, is_balanced(self.head.config, job))
-            if not views.flat.copied:
-                self._views[id(job.param)] = views
+            job.kept = None if views.copied else views
         return views
 
     def weights(self, like: Tensor) -> Tensor:
@@ -90,15 +87,14 @@ class CompiledBackend:
     def _waves(self, jobs: list[Job]) -> Iterator[tuple[list[_Views], int]]:
         """Jobs in order, cut where more than ``COPIED`` coordinates would be copied."""
         wave: list[_Views] = []
-        copied = 0
+        copied, most = 0, limit(COPIED, jobs[0].format.device)
         for job in jobs:
             views = self.views(job)
-            size = max(job.param.numel() if views.flat.copied else 0, -(-views.rest // WIDTH) * WIDTH)
-            if wave and copied + size > limit(COPIED, job.param.device):
+            if wave and copied + views.size > most:
                 yield wave, copied
                 wave, copied = [], 0
             wave.append(views)
-            copied += size
+            copied += views.size
         if wave:
             yield wave, copied
 
@@ -107,33 +103,26 @@ class _Views:
     """A job's tensors as the rows that the kernels run over in place, and the rest that is copied."""
 
     def __init__(self, job: Job, in_order: bool) -> None:
-        self.flat = flat = Flat(job, in_order)
-        self.rows, self.rest = _split(job.param.numel(), job.param.device)
-        self.in_place = flat.piece(0, self.rows, WIDTH) if self.rows else []
-        self.tail = flat.piece(self.rows * WIDTH, self.rest) if self.rest else []
-        self._known = (job.param, *job.planes)
-        self._places = [t.data_ptr() for t in self._known]
-        self._grad = (job.grad.stride(), job.grad.dtype)
+        flat = Flat(job, in_order)
+        self.job, self.copied = job, flat if flat.copied else None
+        self.split = rows, rest = _split(job.numel, job.format.device)
+        self.in_place = flat.piece(0, rows, WIDTH) if rows else []
+        self.tail = flat.piece(rows * WIDTH, rest) if rest else []
+        self.size = max(job.numel if flat.copied else 0, -(-rest // WIDTH) * WIDTH)  #: that is copied
+        self._strides = job.grad.stride()
 
-    def take(self, job: Job) -> bool:
-        """Whether this step's tensors lie where the last step's did, but for the gradient, whose views are renewed."""
-        grad, tensors = job.grad, (job.param, *job.planes)
-        if self._grad != (grad.stride(), grad.dtype) or self.rows * WIDTH + self.rest != job.param.numel():
+    def take(self, grad: Tensor) -> bool:
+        """A new gradient, if it has the strides of the old one."""
+        if grad.stride() != self._strides:
             return False
-        for new, known, place in zip(tensors, self._known, self._places, strict=True):
-            if new is not known or new.data_ptr() != place:
-                return False
-        self.flat.job = job
-        if self.rows:
-            self.in_place[1] = grad.as_strided((self.rows, WIDTH), (WIDTH, 1))
-        if self.rest:
-            self.tail[1] = grad.as_strided((self.rest,), (1,), grad.storage_offset() + self.rows * WIDTH)
+        rows, rest = self.split
+        if rows:
+            self.in_place[1] = piece_of(grad, 0, rows, WIDTH)
+        if rest:
+            self.tail[1] = piece_of(grad, rows * WIDTH, rest)
         return True
 
-    def finish(self) -> None:
-        """Write copies back, and let go of the gradient."""
-        self.flat.write_back()
-        self.flat.job, self.flat.tensors = self.flat.job._replace(grad=self._known[0]), ()
+    def let_go(self) -> None:
         for views in (self.in_place, self.tail):
             if views:
                 views[1] = views[0]
@@ -154,21 +143,20 @@ class _Plan:
     """
 
     def __init__(self, split: tuple[tuple[int, int], ...], device: torch.device) -> None:
-        self.in_place = [(k, rows) for k, (rows, _) in enumerate(split) if rows]
-        self.copied = [(k, size) for k, (_, size) in enumerate(split) if size]
-        self.copied_rows = [-(-size // WIDTH) for _, size in self.copied]
-        pieces = [rows for _, rows in self.in_place]
-        lengths = [*pieces, *self.copied_rows]
-        owners = [k for k, _ in (*self.in_place, *self.copied)]
+        self.in_place = [k for k, (rows, _) in enumerate(split) if rows]
+        self.copied = [k for k, (_, rest) in enumerate(split) if rest]
+        self.pieces = [split[k][0] for k in self.in_place]  #: rows of each run of the kernels
+        lengths = [*self.pieces, *(-(-split[k][1] // WIDTH) for k in self.copied)]
+        owners = [*self.in_place, *self.copied]
+        self.packing: Packing | None = None
         if self.copied:
-            empty = int(sum(self.copied_rows) == 1)  # kernels take two rows or more
-            lengths[-1] += empty
-            pieces.append(sum(self.copied_rows) + empty)
-        self.pieces = pieces  #: rows of each run of the kernels
+            spare = int(sum(lengths[len(self.pieces) :]) == 1)  # kernels take two rows or more
+            lengths[-1] += spare
+            self.packing = packing(tuple([split[k][1] for k in self.copied]), WIDTH, device, spare * WIDTH)
+            self.pieces.append(self.packing.total // WIDTH)
         of_rows = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
         self.owners, self.owner_of_row = torch.tensor(owners, device=device), of_rows.to(device)
         self.lengths = torch.tensor(lengths * len(TensorSums._fields), device=device)  #: of each sum's rows
-        self.places = [n for _, size in self.copied for n in (size, -size % WIDTH)]  #: copied, and the gaps behind
 
 
 @lru_cache(maxsize=64)
@@ -179,24 +167,27 @@ def _plan(split: tuple[tuple[int, int], ...], device: torch.device) -> _Plan:
 class _Rows:
     """Tensors of the same dtypes on the same device, as rows."""
 
-    def __init__(self, backend: CompiledBackend, views: list[_Views]) -> None:
+    def __init__(self, backend: CompiledBackend, form: Format, views: list[_Views]) -> None:
         self.backend, self.views = backend, views
-        self.jobs = [one.flat.job for one in views]
-        first = self.jobs[0]
-        self.kernels = backend.kernels(first)
+        self.jobs = [one.job for one in views]
+        self.kernels = backend.kernels(form)
         self.balanced = backend.head.config.balance > 0.0
-        device, dtype = first.param.device, torch.promote_types(first.param.dtype, torch.float32)
-        self.plan = plan = _plan(tuple((one.rows, one.rest) for one in views), device)
-        self.pieces = [views[k].in_place for k, _ in plan.in_place]
-        if plan.copied:
-            copied = [torch.zeros(plan.pieces[-1], WIDTH, dtype=t.dtype, device=device) for t in first.tensors]
-            self.places = [self._places(plane) for plane in copied]
-            self.tails = list(zip(*(views[k].tail for k, _ in plan.copied), strict=True))
-            self._copy(self.places, self.tails)
-            self.pieces.append(copied)
-        kinds = {key: update_rule.step_numbers(*key) for key in {(job.step, job.hyper) for job in self.jobs}}
-        numbers = to_device([kinds[job.step, job.hyper] for job in self.jobs], dtype, device)
-        self.numbers = numbers.index_select(0, plan.owner_of_row).split(plan.pieces)
+        self.plan = plan = _plan(tuple([one.split for one in views]), form.device)
+        self.pieces = [views[k].in_place for k in plan.in_place]
+        if plan.packing:
+            tails = zip(*(views[k].tail for k in plan.copied), strict=True)
+            dtypes = (form.param, form.grad, *form.planes)
+            copied = [plan.packing.pack(tail, dtype) for tail, dtype in zip(tails, dtypes, strict=True)]
+            self.pieces.append([plane.view(-1, WIDTH) for plane in copied])
+        dtype = torch.promote_types(form.param, torch.float32)
+        moments = [job.moment for job in self.jobs]
+        if all(moment is moments[0] for moment in moments):
+            of_all = to_device([moments[0].numbers], dtype, form.device)
+            numbers = of_all.expand(len(plan.owner_of_row), -1).contiguous()
+        else:
+            by_job = to_device([moment.numbers for moment in moments], dtype, form.device)
+            numbers = by_job.index_select(0, plan.owner_of_row)
+        self.numbers = numbers.split_with_sizes(plan.pieces)
 
     def measure(self, squares: Squares | None) -> TensorSums:
         plan, measure = self.plan, self.kernels.measure
@@ -218,37 +209,43 @@ class _Rows:
         by_job = values.T.to(self.numbers[0].dtype).contiguous()
         coefficients = by_job.index_select(0, self.plan.owner_of_row)
         weights = self.backend.weights(coefficients)
-        split = coefficients.split(self.plan.pieces)
+        split = coefficients.split_with_sizes(self.plan.pieces)
         for piece, first, (*planes, now, c) in self._parts(self.numbers, split):
             factor = [self._factor(shares, piece, first, now)] if self.balanced else []
             self.kernels.apply([*planes, *factor, now, c, weights])
-        if self.plan.copied:
-            self._copy(*([planes[0], *planes[2:]] for planes in (self.tails, self.places)))  # the gradient stays
+        if self.plan.packing:
+            tails = list(zip(*(self.views[k].tail for k in self.plan.copied), strict=True))
+            for old, new in zip((tails[0], *tails[2:]), (self.pieces[-1][0], *self.pieces[-1][2:]), strict=True):
+                copy_all(old, self.plan.packing.unpack(new.view(-1)))
         for one in self.views:
-            one.finish()
+            if one.copied:
+                one.copied.write_back()
 
     def _parts(self, *more: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
         """Number of a piece, its first row, and its planes and what is given besides; cut where rows are balanced."""
-        part = limit(PART, self.jobs[0].param.device)
-        for number, tensors in enumerate(zip(self.pieces, *more, strict=True)):
-            planes: list[Tensor] = [*tensors[0], *tensors[1:]]
-            rows = len(planes[0])
-            starts = range(0, max(rows - 1, 1), part) if self.balanced else (0,)  # no part of a single row
-            for first, last in itertools.pairwise((*starts, rows)):
-                yield number, first, planes if last - first == rows else [t[first:last] for t in planes]
+        part = limit(PART, self.jobs[0].format.device)
+        for number, (piece, *others) in enumerate(zip(self.pieces, *more, strict=True)):
+            planes = [*piece, *others]
+            rows = self.plan.pieces[number]
+            if not self.balanced or rows <= part + 1:  # no part of a single row
+                yield number, 0, planes
+                continue
+            for first, last in itertools.pairwise((*range(0, rows - 1, part), rows)):
+                yield number, first, [t[first:last] for t in planes]
 
     def _owners(self, piece: int, first: int, plane: Tensor) -> Iterator[tuple[Job, int, Tensor]]:
         """Jobs with coordinates in the rows of a piece from ``first`` on: where they begin, and a vector of them."""
         if piece < len(self.plan.in_place):
-            yield self.jobs[self.plan.in_place[piece][0]], first * WIDTH, plane.reshape(-1)
-            return
-        for (k, size), place in zip(self.plan.copied, self._places(plane), strict=True):
-            yield self.jobs[k], self.jobs[k].param.numel() - size, place
+            yield self.jobs[self.plan.in_place[piece]], first * WIDTH, plane.reshape(-1)
+        elif self.plan.packing:
+            places = self.plan.packing.unpack(plane.view(-1))
+            for k, size, place in zip(self.plan.copied, self.plan.packing.sizes, places, strict=True):
+                yield self.jobs[k], self.jobs[k].numel - size, place
 
     def _factor(self, shares: Squares | None, piece: int, first: int, like: Tensor) -> Tensor:
         """r_i c_j, 1 where there are none, in as many rows as ``like`` has."""
         if shares is not None and piece < len(self.plan.in_place):
-            job = self.jobs[self.plan.in_place[piece][0]]
+            job = self.jobs[self.plan.in_place[piece]]
             factor = shares.factor(job, first * WIDTH, len(like) * WIDTH, like.dtype)
             if factor is not None:
                 return factor.view(-1, WIDTH)
@@ -257,17 +254,6 @@ class _Rows:
             for job, start, place in self._owners(piece, 0, plane):
                 shares.write(job, place, start)
         return plane
-
-    def _places(self, plane: Tensor) -> list[Tensor]:
-        """The copied coordinates of each tensor in a plane of rows."""
-        return list(plane.view(-1)[: sum(self.plan.places)].split(self.plan.places)[::2])
-
-    @staticmethod
-    def _copy(targets: Sequence[Sequence[Tensor]], sources: Sequence[Sequence[Tensor]]) -> None:
-        """Planes in parts, with one call for all planes of a dtype."""
-        for key in dict.fromkeys((new[0].dtype, old[0].dtype) for new, old in zip(targets, sources, strict=True)):
-            both = [pair for pair in zip(targets, sources, strict=True) if (pair[0][0].dtype, pair[1][0].dtype) == key]
-            copy_all(*([part for planes in several for part in planes] for several in zip(*both, strict=True)))
 
 
 class ChosenBackend:
@@ -296,12 +282,14 @@ class ChosenBackend:
     def head(self) -> Head:
         return self._eager.head
 
-    def prepare(self, params: list[Tensor]) -> None:
+    def prepare(self, jobs: list[Job]) -> None:
         sizes: dict[tuple[str, torch.dtype], int] = {}
-        for p in params:
-            key = (p.device.type, p.dtype.to_real())
+        if all(key in self._chosen for key in {_choice_key(form) for form in {job.format for job in jobs}}):
+            return
+        for job in jobs:
+            key = _choice_key(job.format)
             if key not in self._chosen:
-                sizes[key] = sizes.get(key, 0) + p.numel() * (2 if p.is_complex() else 1)
+                sizes[key] = sizes.get(key, 0) + math.prod(job.shape)
         for (device, dtype), size in sizes.items():
             count = f"{size:,} parameters" if not self._chosen and len(sizes) == 1 else f"{size:,} {dtype} parameters"
             compiled, why = self._choice(device, size)
@@ -322,16 +310,16 @@ class ChosenBackend:
         return True, ""
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
-        compiled, eager = [], []
-        for job in jobs:
-            key = (job.param.device.type, job.param.dtype)
-            (compiled if self._chosen.get(key, False) else eager).append(job)
+        formats = {job.format for job in jobs}
+        wanted = {form for form in formats if self._chosen.get(_choice_key(form), False)}
         try:
-            for job in compiled:
-                self._compiled.kernels(job)
+            for form in wanted:
+                self._compiled.kernels(form)
         except CompilationError as error:
             self._fail(error)
-            compiled, eager = [], jobs
+            wanted = set()
+        compiled = [job for job in jobs if job.format in wanted]
+        eager = [job for job in jobs if job.format not in wanted] if len(wanted) < len(formats) else []
         yield from self._compiled.units(compiled)
         yield from self._eager.units(eager)
 
@@ -340,6 +328,10 @@ class ChosenBackend:
         self._chosen = dict.fromkeys(self._chosen, False)
         self._reasons = {f"eager (compilation failed: {error})": None}
         _warn_once(str(error))
+
+
+def _choice_key(form: Format) -> tuple[str, torch.dtype]:
+    return form.device.type, form.param
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,18 +12,20 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from learned_optim.arguments import check_group, number
-from learned_optim.backends import MEMORY, Job, arithmetic_dtype
+from learned_optim.backends import arithmetic_dtype
 from learned_optim.cells import Hyperparameters
 from learned_optim.compiled import make_backend
 from learned_optim.diagnostics import of_records
+from learned_optim.jobs import MEMORY, Job, Moment
 from learned_optim.policy import Policy
 from learned_optim.saved_state import AsSaved, checked
-from learned_optim.sharding import find_shards, gradient_as, local, origin, real_shape
+from learned_optim.sharding import find_shards, origin
 from learned_optim.waves import Record, run, run_shards
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
+_ONE = torch.tensor(1.0, device="cpu")  # a number would be made a tensor anew for each that it is added to
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -117,6 +120,7 @@ class LearnedOptimizer(Optimizer):
         self._backend_name = backend
         self._backend = make_backend(backend, self.policy)
         self._records: list[Record] = []  # of the last step
+        self._jobs: dict[tuple[int, int], Job] = {}  # of the last steps
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": self.policy.config.betas if betas is None else betas,
@@ -198,31 +202,62 @@ class LearnedOptimizer(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with_grad = [
-            ((g, i), p)
-            for g, group in enumerate(self.param_groups)
-            for i, p in enumerate(group["params"])
-            if p.grad is not None
-        ]
-        for _, p in with_grad:
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(
-                    f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
-                    f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
-                )
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None and p.grad.layout is not torch.strided:
+                    raise RuntimeError(
+                        f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
+                        f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
+                    )
         shards = find_shards(self.param_groups)
-        self._backend.prepare([p for _, p in with_grad])
-        hypers = [_hyperparameters(group) for group in self.param_groups]
-        jobs = [self._job((g, i), p, hypers[g], self.param_groups[g]["maximize"]) for (g, i), p in with_grad]
-        self._records = []
+        jobs = self._prepared_jobs()
+        self._backend.prepare(jobs)
+        self._records, whole = [], jobs
         for some in shards:
             shares = [job for job in jobs if job.place in some.shapes]
             self._records += run_shards(self._backend, shares, some.shapes, some.device, some.add_up)
-        self._records += run(self._backend, [j for j in jobs if not any(j.place in some.shapes for some in shards)])
+            whole = [job for job in whole if job.place not in some.shapes]
+        self._records += run(self._backend, whole)
+        for job in jobs:
+            job.let_go()
         return loss
 
-    def _job(self, place: tuple[int, int], p: Tensor, hyper: Hyperparameters, maximize: bool) -> Job:
+    def _prepared_jobs(self) -> list[Job]:
+        """Jobs of all parameters that have a gradient, with gradient and step."""
+        if len(self._jobs) > sum(len(group["params"]) for group in self.param_groups):
+            self._jobs.clear()  # of parameters that are no longer here, among them
+        groups = [
+            [self._job((g, i), p, group["maximize"]) for i, p in enumerate(group["params"]) if p.grad is not None]
+            for g, group in enumerate(self.param_groups)
+        ]
+        jobs = list(itertools.chain.from_iterable(groups))
+        if jobs:
+            torch._foreach_add_([job.count for job in jobs], _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
+        moments: dict[Hyperparameters, dict[float, Moment]] = {}
+        for group, some in zip(self.param_groups, groups, strict=True):
+            hyper = _hyperparameters(group)
+            of_steps = moments.setdefault(hyper, {})
+            for job in some:
+                step = float(job.count)
+                if step not in of_steps:
+                    of_steps[step] = Moment(step, hyper)
+                job.moment = of_steps[step]
+        return jobs
+
+    def _job(self, place: tuple[int, int], p: Tensor, maximize: bool) -> Job:
         state = self.state[p]
+        job = self._jobs.get(place)
+        if job is None or not job.holds(p, state):
+            self._complete(p, state)
+            begins = origin(p) if self.policy.config.balance else (0, 0)
+            job = self._jobs[place] = Job(p, state, self._plane_keys(), place, self.safeguard, begins)
+        if p.grad is None:
+            raise RuntimeError("a parameter without gradient cannot be updated")
+        job.take(p.grad, maximize)
+        return job
+
+    def _complete(self, p: Tensor, state: dict[str, Tensor]) -> None:
+        """State that a parameter does not have yet."""
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
             for key in self._plane_keys():
@@ -231,21 +266,6 @@ class LearnedOptimizer(Optimizer):
                 state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         if self.safeguard and "trust" not in state:  # nor in state that was saved without a safeguard
             state["trust"] = torch.zeros_like(state[MEMORY[0]])
-        state["step"] += 1
-        grad = p.grad
-        if grad is None:
-            raise RuntimeError("a parameter without gradient cannot be updated")
-        tensors = [local(t) for t in (p, gradient_as(p, grad), *(state[key] for key in self._plane_keys()))]
-        if p.is_complex():
-            tensors = [torch.view_as_real(t.resolve_conj()) for t in tensors]
-        if maximize:
-            tensors[1] = -tensors[1]
-        memory = tuple(state[key] for key in MEMORY)
-        trust = state["trust"] if self.safeguard else None
-        begins = origin(p) if self.policy.config.balance else (0, 0)
-        param, grad, *planes = tensors
-        step, shape = float(state["step"]), real_shape(p)
-        return Job(param, grad, tuple(planes), memory, step, hyper, shape, place, trust, begins)
 
     def _plane_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
@@ -274,7 +294,7 @@ class LearnedOptimizer(Optimizer):
                 if isinstance(value, AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
-        self._records = []
+        self._records, self._jobs = [], {}
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from learned_optim.backends import MEMORY
+from learned_optim.jobs import MEMORY
 from learned_optim.sharding import is_dtensor
 
 

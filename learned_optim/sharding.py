@@ -39,10 +39,8 @@ def find_shards(groups: Iterable[dict[str, Any]]) -> list[Shards]:
     Every process then adds up the same number of sums, also where some of them have no gradient or an empty shard.
     """
     found: dict[tuple, Shards] = {}
-    params = [((g, i), p) for g, group in enumerate(groups) for i, p in enumerate(group["params"])]
-    for place, p in params:
-        if not is_dtensor(p):
-            continue
+    spread = [((g, i), p) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if is_dtensor(p)]
+    for place, p in spread:
         if any(placement.is_partial() for placement in p.placements):
             raise RuntimeError(f"a parameter cannot be updated that is placed as {p.placements}: redistribute it first")
         mesh = p.device_mesh

@@ -24,7 +24,8 @@ from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.safeguard import guarded
 
 if TYPE_CHECKING:
-    from learned_optim.backends import Backend, Job, Unit
+    from learned_optim.backends import Backend, Unit
+    from learned_optim.jobs import Job
 
 #: Coordinates copied side by side, or copied because of their strides, before the passes are run over them.
 COPIED = 1 << 19
@@ -34,6 +35,9 @@ ON_GPU = 32
 #: Per-tensor numbers are computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors
 #: again, so that a tensor's bits do not depend on how many tensors are run with it.
 COLUMNS = 16
+
+
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
 class Record(NamedTuple):
@@ -104,38 +108,37 @@ class Head:
 
     def __call__(self, jobs: list[Job], sums: TensorSums) -> tuple[Tensor, Record]:
         """[C, len(jobs)] in float64; the jobs' memories and trusts are updated."""
-        device = sums.u_u.device
-        layout = _columns(tuple(job.shape for job in jobs), device)
-        missing = layout.numel.numel() - len(jobs)
-        padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, missing)).unbind())
-        memory = torch.zeros(3, len(jobs) + missing, dtype=torch.float64, device=device)
-        kept = [job.memory[i] for i in range(len(memory)) for job in jobs]
-        copy_all(self._used(memory, len(jobs)), kept)
-        steps = [job.step for job in jobs]
-        step = to_device(steps + [1.0] * missing, torch.float64, device)
+        device, count = sums.u_u.device, len(jobs)
+        layout = _columns(tuple([job.shape for job in jobs]), device)
+        total = layout.numel.numel()
+        padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, total - count)).unbind())
+        kept = [value for values in zip(*(job.memory for job in jobs), strict=True) for value in values]
+        memory = _columns_of(kept, 3, total)
+        moments = [job.moment for job in jobs]
+        steps = [moment.step for moment in moments]
+        step = to_device(steps + [1.0] * (total - count), torch.float64, device)
         trusts = [job.trust for job in jobs if job.trust is not None]
-        trust = torch.zeros_like(memory[:1]) if trusts else None
-        if trust is not None:
-            copy_all(self._used(trust, len(jobs)), trusts)
+        trust = _columns_of(trusts, 1, total) if trusts else None
         if device not in self._weights:
             self._weights[device] = {k: w.to(device) for k, w in self.weights.items()}
         compute = self.compute.get(device, tensor_numbers)
         values, memory, trust = compute(self.config, self._weights[device], layout, padded, memory, step, trust)
-        copy_all(kept, self._used(memory, len(jobs)))
+        copy_all(kept, memory[:, :count].reshape(-1).unbind())
         if trust is not None:
-            copy_all(trusts, self._used(trust, len(jobs)))
             trust = trust[0]
-        values = values[:, : len(jobs)]
-        return values, Record(
-            [job.place for job in jobs], steps, [job.hyper for job in jobs], layout.numel, sums, values, memory, trust
-        )
-
-    @staticmethod
-    def _used(rows: Tensor, count: int) -> list[Tensor]:
-        return [value for row in rows.unbind() for value in row.unbind()[:count]]
+            copy_all(trusts, trust[:count].unbind())
+        values = values[:, :count]
+        places, hypers = [job.place for job in jobs], [moment.hyper for moment in moments]
+        return values, Record(places, steps, hypers, layout.numel, sums, values, memory, trust)
 
 
-def copy_all(targets: list[Tensor], sources: list[Tensor]) -> None:
+def _columns_of(numbers: list[Tensor], rows: int, columns: int) -> Tensor:
+    """0-d tensors, one row after the other, as [rows, columns] in float64 with zeros at the end of each row."""
+    filled = torch.stack(numbers).view(rows, -1).double()
+    return torch.nn.functional.pad(filled, (0, columns - filled.shape[1]))
+
+
+def copy_all(targets: Tensors, sources: Tensors) -> None:
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 

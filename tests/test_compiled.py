@@ -25,6 +25,7 @@ from support import (
     random_policy,
     run,
 )
+from test_jobs import CHANGES, assert_a_step_goes_by_what_is_there_now, data_of_another_dtype
 
 from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels, waves
 from learned_optim.compiled import PART
@@ -245,6 +246,11 @@ def test_the_gradient_is_let_go_after_a_step():
     grads = [weakref.ref(p.grad) for p in params]
     optimizer.zero_grad()
     assert [ref() for ref in grads] == [None, None]
+
+
+@pytest.mark.parametrize("change", [change for change in CHANGES if change is not data_of_another_dtype])
+def test_a_step_goes_by_what_is_there_now(change):
+    assert_a_step_goes_by_what_is_there_now(change, backend="compiled")
 
 
 def test_a_step_takes_little_memory_besides_the_state():
