@@ -105,6 +105,42 @@ def mlp_sparse_long(rng: torch.Generator) -> Task:
     )
 
 
+def sparse_image_data(rng: torch.Generator, classes: int) -> Callable[[], tuple[Data, Data]]:
+    """Some thousand images of 28 x 28, strokes or spots on a blank page."""
+    source, how = choice(rng, ("strokes", "strokes", "blobs")), choice(rng, ("raw", "standardised"))
+    return image_data(rng, source, log_int(rng, 2000, 5000), classes, how, size=28)
+
+
+def conv_sparse_images(rng: torch.Generator) -> Task:
+    """As long as it takes to fit the images, as ``mlp_sparse_long``."""
+    classes, style = integer(rng, 10, 40), random_style(rng, norms=("none", "batch", "layer"))
+    channels = [log_int(rng, 8, 24) * 2**i for i in range(integer(rng, 2, 3))]
+    load = sparse_image_data(rng, classes)
+    length, batch_size = run_length(rng, 300, 900), log_int(rng, 16, 64)
+    return dataset_task(
+        lambda: initialise(convnet(1, channels, classes, style), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
+def vit_sparse_images(rng: torch.Generator) -> Task:
+    classes, style = integer(rng, 8, 30), random_style(rng, norms=("layer", "rms"), inits=("default", "xavier"))
+    patch, width, depth, heads = choice(rng, (4, 7, 7)), choice(rng, (32, 48, 64)), integer(rng, 2, 4), 4
+    load = sparse_image_data(rng, classes)
+    batch_size, work = log_int(rng, 12, 32), {4: 49, 7: 16}[patch] * 12 * depth * width**2
+    length = run_length(rng, 300, 800, batch_size * work, seconds=4.0)
+    return dataset_task(
+        lambda: initialise(VisionTransformer((1, 28), patch, width, depth, heads, classes, style), style),
+        load,
+        classification,
+        batch_size=batch_size,
+        length=length,
+    )
+
+
 def mlp_label_noise(rng: torch.Generator) -> Task:
     """Few examples, a part of them (or all) with random labels: the training loss falls by memorising."""
     size, classes, noise = integer(rng, 8, 20), integer(rng, 2, 10), choice(rng, (0.2, 0.5, 1.0))
@@ -308,6 +344,8 @@ FAMILIES = (
     TaskFamily(
         "mlp_sparse_long", "perceptrons on thousands of sparse images, until they fit them", "train", mlp_sparse_long
     ),
+    TaskFamily("conv_sparse_images", "convolutional networks that fit sparse images", "train", conv_sparse_images),
+    TaskFamily("vit_sparse_images", "vision transformers on sparse images", "train", vit_sparse_images),
     TaskFamily("mlp_label_noise", "perceptrons that memorise images with random labels", "train", mlp_label_noise),
     TaskFamily("mlp_deep_narrow", "perceptrons of 6 to 20 narrow layers on small images", "train", mlp_deep_narrow),
     TaskFamily("mlp_signals", "perceptrons that classify one-dimensional signals", "train", mlp_signals),
