@@ -9,9 +9,9 @@ The passes of a step over what is shown together are those of :mod:`learned_opti
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -165,8 +165,8 @@ class _Batch:
         self.packing = packing(tuple([job.numel for job in jobs]), ALIGN, device)
         self.now = first.moment.numbers
         self.vectors = [_vectors(job) for job in jobs]
-        planes = zip(*(vectors.planes for vectors in self.vectors), strict=True)
-        p, g, m, v, *h = (self.packing.pack(plane, self.dtype) for plane in planes)
+        planes = list(zip(*(vectors.planes for vectors in self.vectors), strict=True))
+        p, g, m, v, *h = self.packing.pack(planes, [self.dtype] * len(planes))
         self.inputs = p, g, CoordinateState(m, v, tuple(h))
 
     def measure(self, squares: Squares | None) -> TensorSums:
@@ -186,10 +186,8 @@ class _Batch:
                 shares.write(job, place[: job.param.numel()])
         p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now, factor=factor)
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
-        targets = list(zip(*(vectors.planes for vectors in self.vectors), strict=True))
-        changed = (p, state.exp_avg, state.exp_avg_sq, *state.hidden)
-        for vector, old in zip(changed, (targets[0], *targets[2:]), strict=True):
-            copy_all(old, self.packing.unpack(vector))
+        p_old, _, *state_old = zip(*(vectors.planes for vectors in self.vectors), strict=True)
+        self.packing.write([p_old, *state_old], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         for vectors in self.vectors:
             if vectors.flat is not None:
                 vectors.flat.write_back()
@@ -239,18 +237,38 @@ class Packing:
         self._device = device
         self._zeros: dict[torch.dtype, list[Tensor]] = {}
 
-    def pack(self, vectors: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-        """[total], of a dtype to which those of the vectors can be promoted."""
-        if dtype not in self._zeros:
-            zeros = torch.zeros(max(self._gaps), dtype=dtype, device=self._device)
-            self._zeros[dtype] = [zeros[:gap] for gap in self._gaps]
-        both = zip(vectors, self._zeros[dtype], strict=True)
-        return torch.cat([part for pair in both for part in pair]).to(dtype)
+    def pack(self, planes: Sequence[Sequence[Tensor]], dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Each plane's vectors as one, [total], of a dtype to which theirs can be promoted."""
+        packed: list[Any] = [None] * len(planes)
+        for dtype, which in _numbers_of(dtypes).items():
+            if dtype not in self._zeros:
+                zeros = torch.zeros(max(self._gaps), dtype=dtype, device=self._device)
+                self._zeros[dtype] = [zeros[:gap] for gap in self._gaps]
+            gaps = self._zeros[dtype]
+            parts = [part for i in which for both in zip(planes[i], gaps, strict=True) for part in both]
+            for i, plane in zip(which, torch.cat(parts).to(dtype).view(len(which), -1).unbind(), strict=True):
+                packed[i] = plane
+        return packed
+
+    def write(self, planes: Sequence[Sequence[Tensor]], packed: Sequence[Tensor]) -> None:
+        """Copy what was packed, and has changed since, into vectors."""
+        kinds = [(plane[0].dtype, one.dtype) for plane, one in zip(planes, packed, strict=True)]
+        for which in _numbers_of(kinds).values():
+            targets = [part for i in which for part in planes[i]]
+            copy_all(targets, [part for i in which for part in self.unpack(packed[i])])
 
     def unpack(self, vector: Tensor) -> Tensors:
         """Views of the vectors in one of length ``total``."""
         pieces = vector.split_with_sizes(self._lengths)
         return pieces if self._used is None else [pieces[i] for i in self._used]
+
+
+def _numbers_of(kinds: Sequence[Hashable]) -> dict[Any, list[int]]:
+    """At which numbers of a sequence each of its values stands."""
+    found: dict[Any, list[int]] = {}
+    for i, kind in enumerate(kinds):
+        found.setdefault(kind, []).append(i)
+    return found
 
 
 @lru_cache(maxsize=256)

@@ -26,7 +26,7 @@ from learned_optim.kernels import (
     kernels,
 )
 from learned_optim.policy import Policy
-from learned_optim.waves import COPIED, Head, copy_all, limit, tensor_numbers, to_device
+from learned_optim.waves import COPIED, Head, limit, tensor_numbers, to_device
 
 #: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
 #: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
@@ -175,9 +175,8 @@ class _Rows:
         self.plan = plan = _plan(tuple([one.split for one in views]), form.device)
         self.pieces = [views[k].in_place for k in plan.in_place]
         if plan.packing:
-            tails = zip(*(views[k].tail for k in plan.copied), strict=True)
-            dtypes = (form.param, form.grad, *form.planes)
-            copied = [plan.packing.pack(tail, dtype) for tail, dtype in zip(tails, dtypes, strict=True)]
+            tails = list(zip(*(views[k].tail for k in plan.copied), strict=True))
+            copied = plan.packing.pack(tails, (form.param, form.grad, *form.planes))
             self.pieces.append([plane.view(-1, WIDTH) for plane in copied])
         dtype = torch.promote_types(form.param, torch.float32)
         moments = [job.moment for job in self.jobs]
@@ -214,9 +213,9 @@ class _Rows:
             factor = [self._factor(shares, piece, first, now)] if self.balanced else []
             self.kernels.apply([*planes, *factor, now, c, weights])
         if self.plan.packing:
-            tails = list(zip(*(self.views[k].tail for k in self.plan.copied), strict=True))
-            for old, new in zip((tails[0], *tails[2:]), (self.pieces[-1][0], *self.pieces[-1][2:]), strict=True):
-                copy_all(old, self.plan.packing.unpack(new.view(-1)))
+            p, _, *state = zip(*(self.views[k].tail for k in self.plan.copied), strict=True)
+            p_new, _, *state_new = (plane.view(-1) for plane in self.pieces[-1])
+            self.plan.packing.write([p, *state], [p_new, *state_new])
         for one in self.views:
             if one.copied:
                 one.copied.write_back()

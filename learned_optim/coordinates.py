@@ -8,6 +8,7 @@ through ``inner``, ``total`` and ``spread``.
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Sequence
 from functools import lru_cache
@@ -125,7 +126,10 @@ class Segments:
         sizes = [math.prod(shape) for shape in shapes]
         self.shapes = shapes
         self.sizes = [-(-size // align) * align for size in sizes]
-        self._parts = [n for size, padded in zip(sizes, self.sizes, strict=True) for n in (size, padded - size)]
+        both = [(size, padded - size) for size, padded in zip(sizes, self.sizes, strict=True)]
+        self._parts = [n for size, gap in both for n in ((size, gap) if gap else (size,))]
+        starts = itertools.accumulate((1 + bool(gap) for _, gap in both), initial=0)
+        self._used = list(starts)[:-1]  #: numbers of the parts that are not gaps
         self.numel = torch.tensor([float(max(s, 1)) for s in sizes], dtype=torch.float64, device=device)
         context = [tensor_shape_context(shape) for shape in shapes]
         self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).T.contiguous()
@@ -140,7 +144,9 @@ class Segments:
         return moved
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return torch.stack([torch.dot(a, b) for a, b in zip(self._tensors(x), self._tensors(y), strict=True)])
+        of_x = self._tensors(x)
+        of_y = of_x if x is y and not x.requires_grad else self._tensors(y)
+        return torch.stack(list(map(torch.dot, of_x, of_y)))
 
     def total(self, x: Tensor) -> Tensor:
         return torch.stack([a.sum() for a in self._tensors(x)])
@@ -150,8 +156,9 @@ class Segments:
             return _SpreadWithGradient.apply(values, self.sizes)  # pyright: ignore[reportReturnType]
         return values.index_select(1, self.owner).unbind()
 
-    def _tensors(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self._parts)[::2]
+    def _tensors(self, x: Tensor) -> Sequence[Tensor]:
+        parts = x.split_with_sizes(self._parts)
+        return parts if len(parts) == len(self._used) else [parts[i] for i in self._used]
 
 
 class _SpreadWithGradient(torch.autograd.Function):

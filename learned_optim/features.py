@@ -82,16 +82,12 @@ def tensor_context(
     Returns:
         [13, K] in float64, in the order of ``config.context``.
     """
-    log_numel, is_vector, is_convolution, log_fan_ratio = layout.shape_context
-    one = torch.ones_like(log_numel)
+    one = torch.ones_like(layout.shape_context[:1])
     log_rms = torch.stack((stats.rms_p, stats.rms_b, stats.rms_h, stats.rms_u)).clamp(min=1e-4).log()
-    rows = (
-        one, (one * step).log(), log_numel, is_vector, is_convolution, log_fan_ratio,
-        log_rms[0], cosine[0], cosine[1], log_rms[1], log_rms[2], log_rms[3],
-        (stats.mean_abs_b.clamp(min=1e-30) / stats.rms_b).clamp(1e-3, 1.0).log(),
-    )  # fmt: skip
+    sparsity = (stats.mean_abs_b.clamp(min=1e-30) / stats.rms_b).clamp(1e-3, 1.0).log()
+    rows = (one, (one * step).log(), layout.shape_context, log_rms[:1], cosine, log_rms[1:], sparsity.unsqueeze(0))
     center, scale = constant_column(config.context_center, one), constant_column(config.context_scale, one)
-    return ((torch.stack(rows) - center) / scale).clamp(-config.context_bound, config.context_bound)
+    return ((torch.cat(rows) - center) / scale).clamp(-config.context_bound, config.context_bound)
 
 
 def coordinate_features(config: PolicyConfig, n_b: Tensor, n_h: Tensor, n_u: Tensor, n_p: Tensor) -> list[Tensor]:

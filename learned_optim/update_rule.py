@@ -87,7 +87,8 @@ def coefficients(
     """
     stats = statistics(layout, sums)
     decay = constant_column(config.cosine_decays, stats.cosine)
-    cosine = decay * memory[:2].double() + (1.0 - decay) * stats.cosine
+    rest = constant_column(tuple([1.0 - d for d in config.cosine_decays]), stats.cosine)
+    cosine = decay * memory[:2].double() + rest * stats.cosine
     context = tensor_context(config, layout, stats, cosine, step)
     pace = memory[2:].double()
     if config.pace_gain or config.pace_rate:
@@ -98,19 +99,19 @@ def coefficients(
 
     head = _per_column(weights["head"], context)  # [outputs, K]
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
-    scale = config.step_scale * (log_factor[0] + pace[0]).exp()
+    scale = config.step_scale * (log_factor[:1] + pace).exp()
     base = constant_column((config.momentum_weight, config.gradient_weight, *config.hidden_weights), context)
     mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4:])).exp()
-    odds = config.agreement * log_factor[3].exp()
+    odds = config.agreement * log_factor[3:4].exp()
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)
 
     inverse = 1.0 / torch.stack((stats.rms_b, stats.rms_h, stats.rms_u, stats.rms_p)).clamp(min=1e-20)
-    rows = [*mixture[:2], disagreeing, *inverse, torch.ones_like(scale), *mixture[2:]]
+    rows = [mixture[:2], disagreeing, inverse, torch.ones_like(scale), mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
-        rows += [rate * row for rate, row in zip((*growing, *config.rates), shift, strict=True)]
-    return torch.stack(rows), torch.cat((cosine, pace)).to(memory.dtype)
+        rows += [rate * row for rate, row in zip((*growing, *config.rates), shift.split(1), strict=True)]
+    return torch.cat(rows), torch.cat((cosine, pace)).to(memory.dtype)
 
 
 def _per_column(weight: Tensor, context: Tensor) -> Tensor:

@@ -102,7 +102,7 @@ class Head:
 
     def __init__(self, policy: Policy) -> None:
         self.config = policy.config
-        self.weights = {name: w.detach().clone() for name, w in policy.weights().items()}
+        self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in policy.weights().items()}
         self.compute: dict[torch.device, Callable] = {}  #: in place of :func:`tensor_numbers`
         self._weights: dict[torch.device, dict[str, Tensor]] = {}
 
