@@ -68,12 +68,27 @@ def step(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {name: {title: column.get(name, "–") for title, column in columns.items()} for name in of_all}
 
 
+def meta_train_speed(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Inner steps per second of an unroll and its backward pass, and over those of ``higher``."""
+    table = {}
+    for case in results["speed"]:
+        rates, order = case["steps per second"], "second" if case["second order"] else "first"
+        table[f"{case['network']}, T = {case['T']}, {order} order"] = {
+            "inner steps per second": f"{rates['ours']:.0f}",
+            "over `higher`, same rule": f"{rates['ours'] / rates['same rule']:.1f}",
+            "over `higher`, Adam": f"{rates['ours'] / rates['adam']:.2f}",
+        }
+    return table
+
+
 def filled(text: str, folder: Path) -> str:
     def fill(match: re.Match[str]) -> str:
         if match[2] == "quality":
             table = quality(_read(ROOT / "pretrained" / "default" / "results.json"))
         elif match[2] == "step":
             table = step(_read(ROOT / "docs" / "step" / "results.json"))
+        elif match[2] == "meta_train_speed":
+            table = meta_train_speed(_read(folder / "meta_train_speed.json"))
         else:
             table = _read(folder / f"{match[2]}.json")["table"]
         return f"{match[1]}\n{markdown(table)}\n{match[3]}"
