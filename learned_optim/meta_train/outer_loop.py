@@ -206,20 +206,20 @@ class _Run:
         if isinstance(self.estimator, BackpropTruncated) and self.init is not None:
             self.estimator.init = self.init.detach().clone()
         estimates: list[Estimate] = []
-        failed: list[str] = []
+        failed: list[tuple[str, str]] = []
         for slot in distributed.mine(config.meta_batch):
             try:
                 estimates.append(self.estimator.estimate(self.policy, self.learned, slot, self.outer_step))
             except Exception as error:
                 running = self.estimator.running.pop(slot, None)
                 name = running.plan.task.name if running else self.source.draw(slot, self.outer_step).task.name
+                what = f"{type(error).__name__}: {error}"
                 if not config.keep_going:
-                    raise RuntimeError(
-                        f"task {name!r} raised at outer step {self.outer_step}: {type(error).__name__}: {error}"
-                    ) from error
-                failed.append(name)
+                    raise RuntimeError(f"task {name!r} raised at outer step {self.outer_step}: {what}") from error
+                failed.append((name, what))
         estimates = sorted(distributed.gather(estimates), key=lambda e: e.slot)
-        for name in distributed.gather(failed):
+        failed = distributed.gather(failed)
+        for name, _ in failed:
             self.failures[name] = self.failures.get(name, 0) + 1
         gradient = within_parts(self.combiner(estimates, self.learned), config)
         self._apply(gradient)
@@ -235,6 +235,8 @@ class _Run:
         }
         if self.failures:
             metrics["failures"] = dict(self.failures)
+        if failed:
+            metrics["errors"] = dict(failed)
         self.outer_step += 1
         if config.validate_every and self.outer_step % config.validate_every == 0:
             metrics["validation"] = self._validate()

@@ -254,6 +254,8 @@ def test_the_others_go_on_if_asked():
         settings(validate_every=0, keep_going=True), tasks=[Failing(), Quadratic()], show_progress=False
     )
     assert result.history[-1]["failures"]["failing"] > 0
+    errors = [m["errors"]["failing"] for m in result.history if "errors" in m]
+    assert set(errors) == {"ArithmeticError: no more"}
     assert len(result.history) == 6
 
 

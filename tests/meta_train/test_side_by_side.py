@@ -110,3 +110,12 @@ def test_only_evolution_strategies_take_several_pairs_or_a_gpu():
     for change in changes:
         with pytest.raises(ValueError, match=f"MetaTrainConfig.{next(iter(change))}"):
             MetaTrainConfig(estimator="backprop", **change)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_does_the_same(compiled):
+    policies = [random_policy(seed=seed, std=0.05) for seed in range(3)]
+    for name in ("mlp_images", "conv2d_images", "lstm_char"):
+        together, alone = both_ways(FAMILIES[name].task(0), policies, compiled=compiled, device="cuda")
+        torch.testing.assert_close(together, alone, rtol=1e-2, atol=1e-3)
