@@ -105,6 +105,16 @@ class Head:
         self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in policy.weights().items()}
         self.compute: dict[torch.device, Callable] = {}  #: in place of :func:`tensor_numbers`
         self._weights: dict[torch.device, dict[str, Tensor]] = {}
+        self._kept: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
+
+    def _numbers(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """A matrix in float64 to write into, and views of its numbers: those of the last call, if they fit."""
+        kept = self._kept.get((rows, device))
+        if kept is None or kept[0].shape[1] != columns:
+            with torch.inference_mode(False), torch.no_grad():
+                matrix = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+                kept = self._kept[rows, device] = matrix, list(matrix.view(-1).unbind())
+        return kept
 
     def __call__(self, jobs: list[Job], sums: TensorSums) -> tuple[Tensor, Record]:
         """[C, len(jobs)] in float64; the jobs' memories and trusts are updated."""
@@ -113,29 +123,35 @@ class Head:
         total = layout.numel.numel()
         padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, total - count)).unbind())
         kept = [value for values in zip(*(job.memory for job in jobs), strict=True) for value in values]
-        memory = _columns_of(kept, 3, total)
+        memory = _gathered(*self._numbers(3, count, device), kept, total)
         moments = [job.moment for job in jobs]
         steps = [moment.step for moment in moments]
         step = to_device(steps + [1.0] * (total - count), torch.float64, device)
         trusts = [job.trust for job in jobs if job.trust is not None]
-        trust = _columns_of(trusts, 1, total) if trusts else None
+        trust = _gathered(*self._numbers(1, count, device), trusts, total) if trusts else None
         if device not in self._weights:
             self._weights[device] = {k: w.to(device) for k, w in self.weights.items()}
         compute = self.compute.get(device, tensor_numbers)
         values, memory, trust = compute(self.config, self._weights[device], layout, padded, memory, step, trust)
-        copy_all(kept, memory[:, :count].reshape(-1).unbind())
+        _scattered(*self._numbers(3, count, device), kept, memory)
         if trust is not None:
+            _scattered(*self._numbers(1, count, device), trusts, trust)
             trust = trust[0]
-            copy_all(trusts, trust[:count].unbind())
         values = values[:, :count]
         places, hypers = [job.place for job in jobs], [moment.hyper for moment in moments]
         return values, Record(places, steps, hypers, layout.numel, sums, values, memory, trust)
 
 
-def _columns_of(numbers: list[Tensor], rows: int, columns: int) -> Tensor:
-    """0-d tensors, one row after the other, as [rows, columns] in float64 with zeros at the end of each row."""
-    filled = torch.stack(numbers).view(rows, -1).double()
-    return torch.nn.functional.pad(filled, (0, columns - filled.shape[1]))
+def _gathered(matrix: Tensor, views: list[Tensor], numbers: list[Tensor], columns: int) -> Tensor:
+    """0-d tensors, one row after the other, as [rows, columns] with zeros at the end of each row."""
+    copy_all(views, numbers)
+    return torch.nn.functional.pad(matrix, (0, columns - matrix.shape[1]))
+
+
+def _scattered(matrix: Tensor, views: list[Tensor], numbers: list[Tensor], new: Tensor) -> None:
+    """The reverse, in place of what was gathered."""
+    matrix.copy_(new[:, : matrix.shape[1]])
+    copy_all(numbers, views)
 
 
 def copy_all(targets: Tensors, sources: Tensors) -> None:
