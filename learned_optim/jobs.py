@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import is_
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim import update_rule
+from learned_optim.arguments import number
 from learned_optim.cells import Hyperparameters
 from learned_optim.sharding import gradient_as, is_dtensor, local, real_shape
 
@@ -35,6 +36,12 @@ class Format:
 
 
 format_of = cache(Format)
+
+
+def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """Those of a parameter group, as numbers."""
+    beta1, beta2 = group["betas"]
+    return Hyperparameters(*map(number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
 
 
 class Moment:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_optim.arguments import check_group, number
+from learned_optim.arguments import check_group
 from learned_optim.backends import arithmetic_dtype
 from learned_optim.cells import Hyperparameters
 from learned_optim.compiled import make_backend
 from learned_optim.diagnostics import of_records
-from learned_optim.jobs import MEMORY, Job, Moment
+from learned_optim.jobs import MEMORY, Job, Moment, hyperparameters
 from learned_optim.policy import Policy
 from learned_optim.saved_state import AsSaved, checked
 from learned_optim.sharding import find_shards, origin
@@ -235,7 +235,7 @@ class LearnedOptimizer(Optimizer):
             torch._foreach_add_([job.count for job in jobs], _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
         moments: dict[Hyperparameters, dict[float, Moment]] = {}
         for group, some in zip(self.param_groups, groups, strict=True):
-            hyper = _hyperparameters(group)
+            hyper = hyperparameters(group)
             of_steps = moments.setdefault(hyper, {})
             for job in some:
                 step = float(job.count)
@@ -341,11 +341,6 @@ class LearnedOptimizer(Optimizer):
             return value
         dtype = self._plane_dtype(p, key) if key in self._plane_keys() else value.dtype
         return value.detach().to(device=p.device, dtype=dtype, copy=True)
-
-
-def _hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(*map(number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
 
 
 def _resolve(policy: str | Path | Policy, revision: str | None) -> Policy:
