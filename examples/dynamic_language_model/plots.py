@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 from matplotlib.ticker import LogLocator
 from PIL import Image
-from report import NAMES, markdown
+from report import NAMES, interval, markdown, resampled
 from torch import Tensor
 
 HERE = Path(__file__).parent
@@ -50,15 +50,6 @@ def binned(losses: Sequence[Tensor], width: int) -> Tensor:
     return out
 
 
-def bootstrapped(sums: Tensor, draws: int = 1000) -> tuple[Tensor, Tensor]:
-    """Mean by position, [bins], and its 95% interval over articles, [2, bins]."""
-    index = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(0))
-    drawn = sums[index].sum(1)
-    bounds = torch.tensor([0.025, 0.975], dtype=torch.float64)
-    total = sums.sum(0)
-    return total[:, 0] / total[:, 1], torch.nanquantile(drawn[..., 0] / drawn[..., 1], bounds, 0)
-
-
 def positions(losses: dict[str, list[Tensor]], compared: Sequence[str]) -> Figure:
     """Loss, and gain over the static model, against the position in the article."""
     figure = Figure(figsize=(10, 4.2), layout="constrained")
@@ -70,14 +61,14 @@ def positions(losses: dict[str, list[Tensor]], compared: Sequence[str]) -> Figur
     bins = max(1, reach // width)
     x = [(i + 0.5) * width for i in range(bins)]
     for name, found in losses.items():
-        mean, _ = bootstrapped(binned(found, width), 1)
+        mean, _ = resampled(binned(found, width), 1)
         left.plot(x, mean[:bins], color=COLORS[name], label=NAMES[name], lw=2.4 if name == "learned" else 1.4)
         if name not in ("forgetful", "static"):
             gain = [s - l for s, l in zip(losses["static"], found, strict=True)]
-            mean, band = bootstrapped(binned(gain, width))
+            mean, drawn = resampled(binned(gain, width), 1000)
             right.plot(x, mean[:bins], color=COLORS[name], lw=2.4 if name == "learned" else 1.4)
             if name in compared:
-                right.fill_between(x, *band[:, :bins], color=COLORS[name], alpha=0.18, lw=0)
+                right.fill_between(x, *interval(drawn)[:, :bins], color=COLORS[name], alpha=0.18, lw=0)
     left.set(title="Loss while reading", xlabel="words read so far", ylabel="loss, nats per word")
     right.set(title="Gain over the static model", xlabel="words read so far", ylabel="nats per word")
     right.axhline(0.0, color="0.35", lw=1)

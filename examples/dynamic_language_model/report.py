@@ -31,6 +31,18 @@ def quarters(losses: Sequence[Tensor]) -> Tensor:
     )
 
 
+def resampled(sums: Tensor, draws: int, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Means of sums and counts [articles, ..., 2], and those of articles drawn with replacement, [draws, ...]."""
+    index = torch.randint(len(sums), (draws, len(sums)), generator=torch.Generator().manual_seed(seed))
+    total, drawn = sums.sum(0), sums[index].sum(1)
+    return total[..., 0] / total[..., 1], drawn[..., 0] / drawn[..., 1]
+
+
+def interval(drawn: Tensor) -> Tensor:
+    """The middle 95% of [draws, ...] as [2, ...]."""
+    return torch.nanquantile(drawn, torch.tensor([0.025, 0.975], dtype=drawn.dtype), 0)
+
+
 def compare(
     by_method: dict[str, Tensor], plain: str, with_memory: str, draws: int = 4000, seed: int = 0
 ) -> dict[str, Any]:
@@ -43,41 +55,34 @@ def compare(
         draws: of the bootstrap.
         seed: of it.
     """
-    count = next(iter(by_method.values())).shape[0]
-    index = torch.randint(count, (draws, count), generator=torch.Generator().manual_seed(seed))
-    means, draw_means = {}, {}
+    means, drawn = {}, {}
     for name, sums in by_method.items():
         whole = torch.cat([sums, sums.sum(1, keepdim=True)], 1)  # the last column is the whole article
-        means[name] = whole[..., 0].sum(0) / whole[..., 1].sum(0)
-        drawn = whole[index].sum(1)
-        draw_means[name] = drawn[..., 0] / drawn[..., 1]
-
-    def interval(values: Tensor) -> list[list[float]]:
-        return torch.quantile(values, torch.tensor([0.025, 0.975], dtype=values.dtype), 0).T.tolist()
+        means[name], drawn[name] = resampled(whole, draws, seed)
 
     table = {}
     for name in by_method:
-        gain, drawn_gain = means["static"] - means[name], draw_means["static"] - draw_means[name]
         table[name] = {
-            "perplexity": means[name].exp().tolist(), "perplexity_interval": interval(draw_means[name].exp()),
-            "gain": gain.tolist(), "gain_interval": interval(drawn_gain),
-        }  # fmt: skip
+            "perplexity": means[name].exp().tolist(),
+            "perplexity_interval": interval(drawn[name].exp()).T.tolist(),
+            "gain": (means["static"] - means[name]).tolist(),
+            "gain_interval": interval(drawn["static"] - drawn[name]).T.tolist(),
+        }
 
     def against(name: str) -> dict[str, Any]:
         sums = by_method["learned"].sum(1)[:, 0] - by_method[name].sum(1)[:, 0]
         columns = [0, 3, 4]
         ratio = (means["static"] - means["learned"])[3] / (means["static"] - means[name])[3]
-        drawn = (draw_means["static"] - draw_means["learned"])[:, 3] / (draw_means["static"] - draw_means[name])[:, 3]
+        ratios = (drawn["static"] - drawn["learned"])[:, 3] / (drawn["static"] - drawn[name])[:, 3]
         return {
             "reference": name, "articles_better": int((sums < 0.0).sum()),
             "difference": (means["learned"] - means[name])[columns].tolist(),
-            "difference_interval": interval((draw_means["learned"] - draw_means[name])[:, columns]),
-            "last_quarter_ratio": float(ratio), "last_quarter_ratio_interval": interval(drawn[:, None])[0],
+            "difference_interval": interval((drawn["learned"] - drawn[name])[:, columns]).T.tolist(),
+            "last_quarter_ratio": float(ratio), "last_quarter_ratio_interval": interval(ratios).tolist(),
         }  # fmt: skip
 
-    return {
-        "methods": table, "articles": count, "against": against(plain), "against_with_memory": against(with_memory)
-    }  # fmt: skip
+    found = {"against": against(plain), "against_with_memory": against(with_memory)}
+    return {"methods": table, "articles": len(by_method["static"])} | found
 
 
 def markdown(results: dict[str, Any]) -> str:
