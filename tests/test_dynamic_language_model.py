@@ -79,23 +79,6 @@ def test_the_future_is_not_in_the_cache_either() -> None:
     assert torch.equal(cache_losses(losses, tokens, 0.2, 50.0)[:20], cache_losses(losses, changed, 0.2, 50.0)[:20])
 
 
-def test_a_lesson_is_what_autograd_says(reader: Reader) -> None:
-    reader_of_lstm = Reader(reader.model, "lstm", chunk=5)
-    for of in (reader, reader_of_lstm):
-        state = after = of.model.start()
-        rng = torch.Generator().manual_seed(2)
-        difference = {n: 0.1 * torch.randn(d.shape, generator=rng) for n, d in of.differences().items()}
-        weights = {n: w + difference[n] if n in difference else w for n, w in of.static.items()}
-        for chunk in of.chunks(article(23, 7).tokens):  # the last of three words
-            leaves = {n: d.clone().requires_grad_() for n, d in difference.items()}
-            losses, state = of.losses(leaves, chunk, state)
-            expected = torch.autograd.grad(losses.mean(), list(leaves.values()))
-            found, gradients, after = of.model.lesson(weights, chunk[:, None], after, of.names)
-            torch.testing.assert_close(found[:, 0], losses.detach(), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(gradients, list(expected), rtol=1e-4, atol=1e-7)
-            torch.testing.assert_close(after, state, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("method", METHODS[2:], ids=lambda m: m.kind)
 def test_weights_and_optimizer_are_restored_at_an_articles_end(reader: Reader, method: Method) -> None:
     before = {name: w.clone() for name, w in reader.model.state_dict().items()}

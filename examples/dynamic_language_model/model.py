@@ -31,8 +31,6 @@ CHOICES = {
     "lstm": ("embedding", "bias", "input", "recurrent", "gates"),
     "memory": ("bias", "memory"),
 }
-#: Of the weights, those of the LSTM itself.
-LSTM = ("input", "recurrent", "gates")
 #: Numbers of words that name a row of the memory.
 CONTEXTS = (1, 2, 4)
 #: Of what is recalled: at one learning rate, what a step changes in it counts the square of this.
@@ -85,7 +83,7 @@ class LanguageModel(nn.Module):
         """
         h, c, before = state
         seen = F.dropout(F.embedding(tokens[:-1], weights["embedding"]), dropout)
-        lstm = [*(weights[name] for name in LSTM), self.zeros]
+        lstm = [weights["input"], weights["recurrent"], weights["gates"], self.zeros]
         hidden, h, c = torch.lstm(seen, (h, c), lstm, True, 1, 0.0, False, False, False)  # pyright: ignore
         hidden = F.dropout(hidden, dropout)
         before = torch.cat([before, tokens[:-1]])
@@ -94,43 +92,6 @@ class LanguageModel(nn.Module):
         scores = torch.addmm(weights["bias"], hidden.flatten(0, 1), weights["embedding"].T)
         losses = F.cross_entropy(scores, tokens[1:].flatten(), reduction="none")
         return losses.view(tokens.shape[0] - 1, tokens.shape[1]), (h, c, before[1 - max(CONTEXTS) :])
-
-    def lesson(
-        self, weights: Weights, tokens: Tensor, state: State, names: Sequence[str]
-    ) -> tuple[Tensor, list[Tensor], State]:
-        """What :meth:`losses` returns, and the gradients of the losses' mean for the weights in ``names``.
-
-        The output layer's, where nearly all of the work is, are written out: autograd would go over the tensors of the
-        vocabulary's size twice as often. The state after the chunk has no graph.
-        """
-        h, c, before = state
-        deep = "input" in names
-        with torch.set_grad_enabled(deep):
-            seen = F.embedding(tokens[:-1], weights["embedding"]).detach().requires_grad_(deep)
-            lstm = [weights[name].detach().requires_grad_(deep) for name in LSTM]
-            hidden, h, c = torch.lstm(seen, (h, c), [*lstm, self.zeros], True, 1, 0.0, False, False, False)  # pyright: ignore
-        with torch.no_grad():
-            before = torch.cat([before, tokens[:-1]])
-            rows, top, target = self.recalled(before), hidden, tokens[1:].reshape(-1, 1)
-            if "memory" in weights:
-                top = hidden + STRENGTH * F.embedding(rows, weights["memory"]).sum(0)
-            top = top.flatten(0, 1)
-            logs = F.log_softmax(torch.addmm(weights["bias"], top, weights["embedding"].T), 1)
-            losses = -logs.gather(1, target)
-            error = logs.exp_().div_(len(target))
-            error.scatter_add_(1, target, torch.full_like(losses, -1.0 / len(target)))
-            down = error @ weights["embedding"]
-            found: Weights = {"bias": error.sum(0)}
-            if "memory" in names:
-                taught = (STRENGTH * down).repeat(len(CONTEXTS), 1)
-                found["memory"] = torch.zeros_like(weights["memory"]).index_add_(0, rows.flatten(), taught)
-            if deep:
-                of_seen, *of_lstm = torch.autograd.grad(hidden, [seen, *lstm], down.view_as(hidden))
-                found |= zip(LSTM, of_lstm, strict=True)
-                embedding = torch.mm(error.T, top)
-                found["embedding"] = embedding.index_add_(0, tokens[:-1].flatten(), of_seen.flatten(0, 1))
-        after = h.detach(), c.detach(), before[1 - max(CONTEXTS) :]
-        return losses.view(tokens[1:].shape), [found[name] for name in names], after
 
     def recalled(self, words: Tensor) -> Tensor:
         """The memory's rows for each word but the first three, [contexts, length, batch]; those before it count too."""

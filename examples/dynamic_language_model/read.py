@@ -130,20 +130,18 @@ class Reader:
         chunks, state = self.chunks(tokens), self.model.start()
         if method.kind in ("static", "forgetful"):
             return Reading(self._static(chunks, state, method.kind == "forgetful"), {})
-        params = self.differences()
+        params = {name: d.requires_grad_() for name, d in self.differences().items()}
         optimizer = self.optimizer(method, params)
-        weights = self.static | {name: torch.empty_like(p) for name, p in params.items()}
         losses: list[Tensor] = []
         updates: dict[str, list[float]] = {name: [] for name in params} if watch else {}
         for number, chunk in enumerate(chunks):
-            for name, p in params.items():
-                torch.add(self.static[name], p, out=weights[name])
             if number == len(chunks) - 1:
                 with torch.no_grad():
-                    losses.append(self.model.losses(weights, chunk[:, None], state)[0][:, 0])
+                    losses.append(self.losses(params, chunk, state)[0])
                 break
-            found, grads, state = self.model.lesson(weights, chunk[:, None], state, self.names)
-            losses.append(found[:, 0])
+            found, state = self.losses(params, chunk, state)
+            losses.append(found.detach())
+            grads = torch.autograd.grad(found.mean(), list(params.values()))
             for p, g in zip(params.values(), grads, strict=True):
                 p.grad = g
             torch.nn.utils.clip_grad_norm_(params.values(), method.clip * self.gradient_norm)
