@@ -27,8 +27,8 @@ FORMAT = 1
 #: Batches that BatchNorm's averages are taken over again where weights other than the trained ones are evaluated.
 CALIBRATION = 20
 
-_RULE = ("update_rule", "cells", "features", "coordinates", "layout", "policy", "backends", "compiled", "kernels",
-         "rounding", "optimizer")  # fmt: skip
+_RULE = ("update_rule", "cells", "features", "coordinates", "balance", "clamps", "policy", "backends", "compiled",
+         "kernels", "jobs", "waves", "rounding", "optimizer")  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
