@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from small_tasks import Quadratic
@@ -45,14 +48,18 @@ def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer() -> None:
     assert abs(cold[-1] - losses[-1]) > 1e-6
 
 
-@pytest.mark.parametrize("cls", [torch.optim.Adam, torch.optim.AdamW, LearnedOptimizer])
-def test_a_warm_first_step_is_divided_by_the_given_moments(cls: type[torch.optim.Optimizer]) -> None:
+#: The base mixture: an amplitude that was learned would see which coordinate is the larger one.
+BASE = partial(LearnedOptimizer, policy=Policy())
+
+
+@pytest.mark.parametrize("make", [torch.optim.Adam, torch.optim.AdamW, BASE], ids=["Adam", "AdamW", "ours"])
+def test_a_warm_first_step_is_divided_by_the_given_moments(make: Callable[..., torch.optim.Optimizer]) -> None:
     gradients = torch.tensor([1e-3, 1e-3])
     moments = torch.tensor([1.0, 100.0])
     steps = []
     for value in gradients:
         p = torch.zeros(2, requires_grad=True)
-        made = cls([p], lr=0.1)  # pyright: ignore[reportCallIssue]
+        made = make([p], lr=0.1)
         begin_warm(made, [p], [moments], 10**6)
         assert not p.detach().any(), "beginning warm changes no parameter"
         p.grad = torch.full_like(p, float(value))
