@@ -8,7 +8,6 @@ The passes of a step over what is shown together are those of :mod:`learned_opti
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol
@@ -19,7 +18,7 @@ from torch import Tensor
 from learned_optim import update_rule
 from learned_optim.balance import Squares, rows_and_columns
 from learned_optim.cells import CoordinateState
-from learned_optim.coordinates import Segments, Whole
+from learned_optim.coordinates import Pieces, Segments, Whole
 from learned_optim.features import TensorSums
 from learned_optim.jobs import Flat, Job
 from learned_optim.policy import Policy, PolicyConfig
@@ -228,12 +227,8 @@ class Packing:
         self.sizes = sizes
         self._gaps = [-size % align for size in sizes]
         self._gaps[-1] += spare
-        lengths = [n for both in zip(sizes, self._gaps, strict=True) for n in both]
-        self.total = sum(lengths)
-        self._lengths = [n for n in lengths if n]
-        gapless = len(self._lengths) == len(sizes)
-        used = itertools.accumulate((1 + bool(gap) for gap in self._gaps[:-1]), initial=0)
-        self._used = None if gapless else list(used)
+        self.total = sum(sizes) + sum(self._gaps)
+        self._pieces = Pieces(sizes, self._gaps)
         self._device = device
         self._zeros: dict[torch.dtype, list[Tensor]] = {}
 
@@ -259,8 +254,7 @@ class Packing:
 
     def unpack(self, vector: Tensor) -> Tensors:
         """Views of the vectors in one of length ``total``."""
-        pieces = vector.split_with_sizes(self._lengths)
-        return pieces if self._used is None else [pieces[i] for i in self._used]
+        return self._pieces.of(vector)
 
 
 def _numbers_of(kinds: Sequence[Hashable]) -> dict[Any, list[int]]:

@@ -112,6 +112,26 @@ class Whole:
         return values[:, 0].unbind()
 
 
+class Pieces:
+    """Pieces of a vector with gaps behind them, which may be empty.
+
+    Args:
+        sizes: of the pieces.
+        gaps: coordinates behind each.
+    """
+
+    def __init__(self, sizes: Sequence[int], gaps: Sequence[int]) -> None:
+        # Empty gaps are left out: every part of a split costs as much as the sum of a small tensor.
+        self._lengths = [n for size, gap in zip(sizes, gaps, strict=True) for n in ((size, gap) if gap else (size,))]
+        starts = itertools.accumulate((1 + bool(gap) for gap in gaps), initial=0)
+        self._used = None if not any(gaps) else list(starts)[:-1]
+
+    def of(self, vector: Tensor) -> list[Tensor] | tuple[Tensor, ...]:
+        """Views of the pieces."""
+        parts = vector.split_with_sizes(self._lengths)
+        return parts if self._used is None else [parts[i] for i in self._used]
+
+
 class Segments:
     """K tensors side by side, each padded to a multiple of ``align`` coordinates; sums leave the padding out.
 
@@ -126,10 +146,7 @@ class Segments:
         sizes = [math.prod(shape) for shape in shapes]
         self.shapes = shapes
         self.sizes = [-(-size // align) * align for size in sizes]
-        both = [(size, padded - size) for size, padded in zip(sizes, self.sizes, strict=True)]
-        self._parts = [n for size, gap in both for n in ((size, gap) if gap else (size,))]
-        starts = itertools.accumulate((1 + bool(gap) for _, gap in both), initial=0)
-        self._used = list(starts)[:-1]  #: numbers of the parts that are not gaps
+        self._pieces = Pieces(sizes, [padded - size for size, padded in zip(sizes, self.sizes, strict=True)])
         self.numel = torch.tensor([float(max(s, 1)) for s in sizes], dtype=torch.float64, device=device)
         context = [tensor_shape_context(shape) for shape in shapes]
         self.shape_context = torch.tensor(context, dtype=torch.float64, device=device).T.contiguous()
@@ -144,21 +161,17 @@ class Segments:
         return moved
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        of_x = self._tensors(x)
-        of_y = of_x if x is y and not x.requires_grad else self._tensors(y)
+        of_x = self._pieces.of(x)
+        of_y = of_x if x is y and not x.requires_grad else self._pieces.of(y)
         return torch.stack(list(map(torch.dot, of_x, of_y)))
 
     def total(self, x: Tensor) -> Tensor:
-        return torch.stack([a.sum() for a in self._tensors(x)])
+        return torch.stack([a.sum() for a in self._pieces.of(x)])
 
     def spread(self, values: Tensor) -> Sequence[Spread]:
         if values.requires_grad:
             return _SpreadWithGradient.apply(values, self.sizes)  # pyright: ignore[reportReturnType]
         return values.index_select(1, self.owner).unbind()
-
-    def _tensors(self, x: Tensor) -> Sequence[Tensor]:
-        parts = x.split_with_sizes(self._parts)
-        return parts if len(parts) == len(self._used) else [parts[i] for i in self._used]
 
 
 class _SpreadWithGradient(torch.autograd.Function):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.cells import CoordinateState, Hyperparameters
-from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.compiled_update import PaddedRows, compiled_side_by_side
 from learned_optim.meta_train.problem import ROW, Problem
 from learned_optim.meta_train.trajectories import Plan
@@ -42,13 +41,6 @@ class _State(NamedTuple):
     def tensors(self) -> list[Tensor]:
         m, v, hidden = self.planes
         return [self.params, m, v, *hidden, self.memory, *self.buffers.values()]
-
-    def like(self, tensors: list[Tensor]) -> _State:
-        """The same arrangement of other tensors."""
-        number = len(self.planes.hidden)
-        params, m, v = tensors[:3]
-        planes = CoordinateState(m, v, tuple(tensors[3 : 3 + number]))
-        return _State(params, planes, tensors[3 + number], dict(zip(self.buffers, tensors[4 + number :], strict=True)))
 
 
 def run_side_by_side(
@@ -183,25 +175,8 @@ class _Runs:
         return loss, buffers
 
 
-def _plain_side_by_side(
-    weights: Mapping[str, Tensor],
-    config: PolicyConfig,
-    layout: Segments,
-    param: Tensor,
-    grad: Tensor,
-    state: CoordinateState,
-    memory: Tensor,
-    step: Spread,
-    hyper: Hyperparameters,
-) -> tuple[Tensor, CoordinateState, Tensor]:
-    """:func:`update` of R runs: weights, parameters, gradients, state and memory have a leading dimension of R."""
-
-    def one(
-        weights: Mapping[str, Tensor], param: Tensor, grad: Tensor, state: CoordinateState, memory: Tensor
-    ) -> tuple[Tensor, CoordinateState, Tensor]:
-        return update(weights, config, layout, param, grad, state, memory, step, hyper)
-
-    return torch.vmap(one)(dict(weights), param, grad, state, memory)
+#: :func:`update` of R runs: weights, parameters, gradients, state and memory have a leading dimension of R.
+_plain_side_by_side = torch.vmap(update, in_dims=(0, None, None, 0, 0, 0, 0, None, None))
 
 
 @contextmanager

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .base import LossFn, ModuleTask, Task, TaskFamily
 from .data_images import IMAGE_SOURCES, preprocess, scenes, signals
@@ -65,6 +65,18 @@ def mlp_work(widths: Sequence[int]) -> int:
     return sum(a * b for a, b in pairwise(widths))
 
 
+def classifier(
+    make: Callable[[], nn.Module], style: Style, load: Callable[[], tuple[Data, Data]], batch_size: int, length: int
+) -> ModuleTask:
+    """A network that classifies what ``load`` gives, its weights drawn as ``style`` says."""
+    return dataset_task(lambda: initialise(make(), style), load, classification, batch_size=batch_size, length=length)
+
+
+def vit_work(size: int, patch: int, depth: int, width: int) -> int:
+    """Multiply-adds per image of a vision transformer, attention aside."""
+    return (size // patch) ** 2 * 12 * depth * width**2
+
+
 def mlp_images(rng: torch.Generator) -> Task:
     size, channels, classes = integer(rng, 8, 20), choice(rng, (1, 1, 3)), integer(rng, 4, 20)
     style, batch_size = random_style(rng), log_int(rng, 8, 256)
@@ -72,9 +84,7 @@ def mlp_images(rng: torch.Generator) -> Task:
     source, n = choice(rng, ("textures", "shapes")), log_int(rng, 600, 3000)
     load = image_data(rng, source, n, classes, choice(rng, PREPROCESSING), size=size, channels=channels)
     length = run_length(rng, 200, 800, batch_size * mlp_work(widths))
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def mlp_sparse_images(rng: torch.Generator) -> Task:
@@ -86,9 +96,7 @@ def mlp_sparse_images(rng: torch.Generator) -> Task:
     source, n = choice(rng, ("strokes", "strokes", "blobs")), log_int(rng, 600, 2500)
     load = image_data(rng, source, n, classes, how, size=size)
     length = run_length(rng, 300, 800, batch_size * mlp_work(widths), seconds=3.0)
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def mlp_sparse_long(rng: torch.Generator) -> Task:
@@ -100,9 +108,7 @@ def mlp_sparse_long(rng: torch.Generator) -> Task:
         choice(rng, ("raw", "raw", "standardised")), size=28,
     )  # fmt: skip
     length = run_length(rng, 500, 1500, batch_size * mlp_work(widths), seconds=6.0)
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def sparse_image_data(rng: torch.Generator, classes: int) -> Callable[[], tuple[Data, Data]]:
@@ -117,27 +123,17 @@ def conv_sparse_images(rng: torch.Generator) -> Task:
     channels = [log_int(rng, 8, 24) * 2**i for i in range(integer(rng, 2, 3))]
     load = sparse_image_data(rng, classes)
     length, batch_size = run_length(rng, 300, 900), log_int(rng, 16, 64)
-    return dataset_task(
-        lambda: initialise(convnet(1, channels, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: convnet(1, channels, classes, style), style, load, batch_size, length)
 
 
 def vit_sparse_images(rng: torch.Generator) -> Task:
     classes, style = integer(rng, 8, 30), random_style(rng, norms=("layer", "rms"), inits=("default", "xavier"))
     patch, width, depth, heads = choice(rng, (4, 7, 7)), choice(rng, (32, 48, 64)), integer(rng, 2, 4), 4
     load = sparse_image_data(rng, classes)
-    batch_size, work = log_int(rng, 12, 32), {4: 49, 7: 16}[patch] * 12 * depth * width**2
+    batch_size, work = log_int(rng, 12, 32), vit_work(28, patch, depth, width)
     length = run_length(rng, 300, 800, batch_size * work, seconds=4.0)
-    return dataset_task(
-        lambda: initialise(VisionTransformer((1, 28), patch, width, depth, heads, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
+    return classifier(
+        lambda: VisionTransformer((1, 28), patch, width, depth, heads, classes, style), style, load, batch_size, length
     )
 
 
@@ -156,9 +152,7 @@ def mlp_label_noise(rng: torch.Generator) -> Task:
         return (images, torch.where(wrong, torch.randint(classes, labels.shape, generator=noise_rng), labels)), held_out
 
     length = run_length(rng, 200, 800, batch_size * mlp_work(widths))
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def mlp_deep_narrow(rng: torch.Generator) -> Task:
@@ -167,9 +161,7 @@ def mlp_deep_narrow(rng: torch.Generator) -> Task:
     widths = [size * size, *[log_int(rng, 8, 32)] * log_int(rng, 6, 20), classes]
     load = image_data(rng, choice(rng, tuple(IMAGE_SOURCES)), 1500, classes, "standardised", size=size)
     length, batch_size = run_length(rng, 200, 600), log_int(rng, 16, 256)
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def signal_data(rng: torch.Generator, n: int, classes: int, length: int) -> Callable[[], tuple[Data, Data]]:
@@ -183,9 +175,7 @@ def mlp_signals(rng: torch.Generator) -> Task:
     widths = [points, *hidden_widths(rng, 16, 256, (1, 4)), classes]
     load = signal_data(rng, log_int(rng, 500, 4000), classes, points)
     length, batch_size = run_length(rng, 200, 800), log_int(rng, 16, 256)
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def conv1d_signals(rng: torch.Generator) -> Task:
@@ -193,13 +183,7 @@ def conv1d_signals(rng: torch.Generator) -> Task:
     channels = [log_int(rng, 8, 64)] * integer(rng, 2, 4)
     load = signal_data(rng, log_int(rng, 500, 4000), classes, points)
     length, batch_size = run_length(rng, 200, 800), log_int(rng, 8, 128)
-    return dataset_task(
-        lambda: initialise(convnet(1, channels, classes, style, dims=1), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: convnet(1, channels, classes, style, dims=1), style, load, batch_size, length)
 
 
 def conv2d_images(rng: torch.Generator) -> Task:
@@ -209,13 +193,7 @@ def conv2d_images(rng: torch.Generator) -> Task:
     source = choice(rng, ("textures", "shapes"))
     load = image_data(rng, source, 1500, classes, choice(rng, PREPROCESSING[:2]), size=size, channels=colours)
     length, batch_size = run_length(rng, 200, 500), log_int(rng, 8, 64)
-    return dataset_task(
-        lambda: initialise(convnet(colours, channels, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: convnet(colours, channels, classes, style), style, load, batch_size, length)
 
 
 def resnet_images(rng: torch.Generator) -> Task:
@@ -225,13 +203,7 @@ def resnet_images(rng: torch.Generator) -> Task:
     source = choice(rng, ("textures", "shapes"))
     load = image_data(rng, source, 1500, classes, "standardised", size=size, channels=colours)
     length, batch_size = run_length(rng, 200, 400), log_int(rng, 8, 48)
-    return dataset_task(
-        lambda: initialise(residual_convnet(colours, channels, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: residual_convnet(colours, channels, classes, style), style, load, batch_size, length)
 
 
 def vit_images(rng: torch.Generator) -> Task:
@@ -241,12 +213,12 @@ def vit_images(rng: torch.Generator) -> Task:
     source = choice(rng, ("textures", "shapes"))
     load = image_data(rng, source, 2000, classes, choice(rng, PREPROCESSING), size=size, channels=colours)
     length, batch_size, heads = run_length(rng, 200, 400), log_int(rng, 8, 64), choice(rng, (1, 2, 4))
-    return dataset_task(
-        lambda: initialise(VisionTransformer((colours, size), patch, width, depth, heads, classes, style), style),
+    return classifier(
+        lambda: VisionTransformer((colours, size), patch, width, depth, heads, classes, style),
+        style,
         load,
-        classification,
-        batch_size=batch_size,
-        length=length,
+        batch_size,
+        length,
     )
 
 

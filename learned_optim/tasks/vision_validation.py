@@ -9,10 +9,9 @@ import torch
 from .base import Task, TaskFamily
 from .data_images import preprocess
 from .data_optional import PHOTO_QUESTIONS, letters, photo_patches
-from .nets import VisionTransformer, convnet, initialise, mlp, random_style, residual_convnet
-from .objectives import classification
-from .sampling import Data, choice, dataset_task, integer, log_int, run_length, spawn, split
-from .vision import autoencoder_task, hidden_widths, images_only, mlp_work, vae_task
+from .nets import VisionTransformer, convnet, mlp, random_style, residual_convnet
+from .sampling import Data, choice, integer, log_int, run_length, spawn, split
+from .vision import autoencoder_task, classifier, hidden_widths, images_only, mlp_work, vae_task, vit_work
 
 
 def letter_data(
@@ -51,9 +50,7 @@ def val_mlp_letters(rng: torch.Generator) -> Task:
     widths = [784, *hidden_widths(rng, 128, 640, (1, 4)), classes]
     load = letter_data(rng, log_int(rng, 3000, 8000), classes, choice(rng, ("raw", "raw", "standardised")))
     length = run_length(rng, 600, 2000, batch_size * mlp_work(widths), seconds=10.0)
-    return dataset_task(
-        lambda: initialise(mlp(widths, style), style), load, classification, batch_size=batch_size, length=length
-    )
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
 
 
 def val_conv_letters(rng: torch.Generator) -> Task:
@@ -61,28 +58,18 @@ def val_conv_letters(rng: torch.Generator) -> Task:
     channels = [log_int(rng, 16, 32) * 2**i for i in range(3)]
     load = letter_data(rng, 4000, classes, choice(rng, ("raw", "standardised")))
     length, batch_size = run_length(rng, 500, 1500), log_int(rng, 16, 64)
-    return dataset_task(
-        lambda: initialise(convnet(1, channels, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: convnet(1, channels, classes, style), style, load, batch_size, length)
 
 
 def val_vit_letters(rng: torch.Generator) -> Task:
     classes, style = choice(rng, (10, 26)), random_style(rng, norms=("layer",), inits=("default",))
     patch, width, depth, heads = choice(rng, (4, 7, 7)), choice(rng, (64, 96)), integer(rng, 2, 4), 4
     load = letter_data(rng, 4000, classes, "standardised", colour=True)
-    work = {4: 49, 7: 16}[patch] * 12 * depth * width**2
+    work = vit_work(28, patch, depth, width)
     batch_size = log_int(rng, 16, 32)
     length = run_length(rng, 500, 1200, batch_size * work, seconds=8.0)
-    return dataset_task(
-        lambda: initialise(VisionTransformer((3, 28), patch, width, depth, heads, classes, style), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
+    return classifier(
+        lambda: VisionTransformer((3, 28), patch, width, depth, heads, classes, style), style, load, batch_size, length
     )
 
 
@@ -92,13 +79,7 @@ def val_resnet_photos(rng: torch.Generator) -> Task:
     channels = [log_int(rng, 16, 24) * 2**i for i in range(3)]
     load = photo_data(rng, 3000, size, question)
     length, batch_size = run_length(rng, 300, 600), log_int(rng, 16, 48)
-    return dataset_task(
-        lambda: initialise(residual_convnet(3, channels, 8, style, blocks), style),
-        load,
-        classification,
-        batch_size=batch_size,
-        length=length,
-    )
+    return classifier(lambda: residual_convnet(3, channels, 8, style, blocks), style, load, batch_size, length)
 
 
 def val_vae_letters(rng: torch.Generator) -> Task:
