@@ -68,7 +68,7 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-policy", type=Path, help="also save the adapter there, e.g. pretrained/reader")
     args = parser.parse_args(arguments)
-    for name, quick, full in (("outer_steps", 20, 120), ("tuning_words", 5000, 13000), ("test_words", 25_000, 150_000)):
+    for name, quick, full in (("outer_steps", 20, 400), ("tuning_words", 5000, 13000), ("test_words", 25_000, 150_000)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     return args
@@ -244,15 +244,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock("static model")
     model = static_model(corpus, args)
     count = sum(p.numel() for p in model.parameters())
-    readers = {choice: Reader(model, choice, args.chunk) for choice in CHOICES}
-    for choice, reader in readers.items():
+
+    def measured(choice: str, strength: float = 1.0) -> Reader:
+        reader = Reader(model, choice, args.chunk, strength)
         reader.measure(cut(corpus.parts["meta"], 20_000))
+        return reader
+
+    readers = {choice: measured(choice) for choice in CHOICES}
+    for choice, reader in readers.items():
         print(f"  {choice}: {sum(d.numel() for d in reader.differences().values())} of {count} weights move in reading")
+    of = {name: readers[CHOICE.get(name, "lstm")] for name in ("forgetful", "static", *BEGIN)}
     # Whole ones: what goes well for a thousand words may still run away later.
     validation = thinned(corpus.parts["validation"], args.tuning_words)
 
     def loss(name: str, method: Method) -> float:
-        value = mean_loss(readers[CHOICE.get(name, "lstm")], validation, method)
+        value = mean_loss(of[name], validation, method)
         shown = ", ".join(f"{k} {v:.2g}" for k, v in method.settings().items())
         print(f"  {name}, {shown}: perplexity {math.exp(min(value, 50.0)):.2f}", flush=True)
         return value
@@ -272,15 +278,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     before = {}
     for name, base_name in LEARNED.items():
         clock(f"meta-training, {name}")
-        reader, base = readers[CHOICE[name]], methods[base_name]
-        policy = base_policy(base.eps * reader.gradient_rms)
-        begin = dataclasses.replace(base, kind="learned", memory=1.0, policy=policy, backend=args.backend)
+        base, starts = methods[base_name], {}
+        for strength in sorted({1.0, base.memory**0.5, base.memory}):
+            of[name] = measured(CHOICE[name], strength)
+            policy = base_policy(base.eps * of[name].gradient_rms)
+            begin = dataclasses.replace(base, kind="learned", memory=strength, policy=policy, backend=args.backend)
+            path = args.out / f"before_{name}_{strength:.2f}.pt"
+            starts[kept(path, functools.partial(loss, name, begin))] = of[name], begin
+        before[name] = min(starts)
+        of[name], begin = starts[before[name]]
+        reader = of[name]
         result = learn(
             reader, corpus.parts["meta"], begin, outer_steps=args.outer_steps, out=args.out / f"meta_{name}",
             seed=args.seed,
         )  # fmt: skip
         clock(f"validation articles, {name}")
-        before[name] = kept(args.out / f"before_{name}.pt", functools.partial(loss, name, begin))
         methods[name] = tuned(name, dataclasses.replace(begin, policy=result.policy))
         if loss(name, methods[name]) > before[name]:
             print("  meta-training made validation articles harder to read: the policy that it began with is kept")
@@ -293,7 +305,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = min(("sgd", "adam", "rms"), key=on_validation.__getitem__)
     with_memory = min(("rms_memory", "rms_all"), key=on_validation.__getitem__)
     watched = (with_memory, "learned")
-    of = {name: readers[CHOICE.get(name, "lstm")] for name in methods}
     readings = {n: [of[n].read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
     losses = {name: [r.losses for r in found] for name, found in readings.items()}
     losses["cache"] = [cache_losses(l, a.tokens, **cache) for l, a in zip(losses["static"], test, strict=True)]

@@ -29,7 +29,7 @@ class Method:
         lr: learning rate.
         decay: share of the way back to the static weights that every step takes.
         eps: added to the root of the second moments, as a multiple of the gradient's rms over the training text.
-        memory: factor of the learning rate for the memory; ``learned`` knows by itself.
+        memory: factor of the learning rate for the memory; ``learned`` has the reader's ``strength``.
         clip: bound of the gradient's norm, in units of its root mean square over the training text. Where text repeats
             itself within a chunk, steps would run away otherwise.
         policy: of ``learned``.
@@ -63,14 +63,16 @@ class Reader:
         model: the static level; never changed.
         choice: key of ``CHOICES``: which weights are learned while reading.
         chunk: words that are predicted before they are learned from.
+        strength: what differences in the memory count; to an optimizer with a single learning rate what a learning rate
+            of its own is to the others.
     """
 
-    def __init__(self, model: LanguageModel, choice: str = "all", chunk: int = 20) -> None:
+    def __init__(self, model: LanguageModel, choice: str = "all", chunk: int = 20, strength: float = 1.0) -> None:
         if choice not in CHOICES:
             raise ValueError(f"unknown choice of weights {choice!r}; known are {', '.join(CHOICES)}")
         if chunk < 1:
             raise ValueError(f"chunk must be 1 word or more, found {chunk}")
-        self.model, self.chunk = model, chunk
+        self.model, self.chunk, self.strength = model, chunk, strength
         self.names = CHOICES[choice]
         self.static = model.weights()
         if "memory" not in self.names:
@@ -115,7 +117,7 @@ class Reader:
         """Losses of a chunk's words, [chunk], with the static weights plus ``difference``."""
         weights = dict(self.static)
         for name, d in difference.items():
-            weights[name] = self.static[name] + d
+            weights[name] = torch.add(self.static[name], d, alpha=self.strength if name == "memory" else 1.0)
         losses, state = self.model.losses(weights, tokens[:, None], state)
         return losses[:, 0], detached(state)
 

@@ -137,6 +137,25 @@ def vit_sparse_images(rng: torch.Generator) -> Task:
     )
 
 
+def mlp_tiny_batches(rng: torch.Generator) -> Task:
+    """Nearly all of a gradient is noise: what is right for a batch of 64 is far too bold here."""
+    classes, style = integer(rng, 5, 26), random_style(rng, norms=("none", "none", "layer"))
+    size, batch_size = choice(rng, (12, 20, 28)), choice(rng, (1, 1, 2, 4, 8))
+    widths = [size * size, *hidden_widths(rng, 24, 160, (1, 3)), classes]
+    source = choice(rng, ("strokes", "blobs") if size > 12 else ("textures", "shapes"))
+    load = image_data(rng, source, log_int(rng, 1000, 4000), classes, choice(rng, PREPROCESSING), size=size)
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, run_length(rng, 500, 1500))
+
+
+def mlp_large_batches(rng: torch.Generator) -> Task:
+    classes, style, size = integer(rng, 5, 26), random_style(rng), choice(rng, (8, 12, 20))
+    widths = [size * size, *hidden_widths(rng, 32, 128, (1, 3)), classes]
+    source = choice(rng, ("strokes", "blobs") if size > 12 else ("textures", "shapes"))
+    load = image_data(rng, source, log_int(rng, 2500, 5000), classes, choice(rng, PREPROCESSING), size=size)
+    length, batch_size = run_length(rng, 200, 500), choice(rng, (512, 1024))
+    return classifier(lambda: mlp(widths, style), style, load, batch_size, length)
+
+
 def mlp_label_noise(rng: torch.Generator) -> Task:
     """Few examples, a part of them (or all) with random labels: the training loss falls by memorising."""
     size, classes, noise = integer(rng, 8, 20), integer(rng, 2, 10), choice(rng, (0.2, 0.5, 1.0))
@@ -318,6 +337,8 @@ FAMILIES = (
     ),
     TaskFamily("conv_sparse_images", "convolutional networks that fit sparse images", "train", conv_sparse_images),
     TaskFamily("vit_sparse_images", "vision transformers on sparse images", "train", vit_sparse_images),
+    TaskFamily("mlp_tiny_batches", "perceptrons on images, in batches of 1 to 8", "train", mlp_tiny_batches),
+    TaskFamily("mlp_large_batches", "perceptrons on images, in batches of 512 or 1,024", "train", mlp_large_batches),
     TaskFamily("mlp_label_noise", "perceptrons that memorise images with random labels", "train", mlp_label_noise),
     TaskFamily("mlp_deep_narrow", "perceptrons of 6 to 20 narrow layers on small images", "train", mlp_deep_narrow),
     TaskFamily("mlp_signals", "perceptrons that classify one-dimensional signals", "train", mlp_signals),
