@@ -139,6 +139,16 @@ def test_the_memory_has_a_rate_of_its_own() -> None:
         assert [g["lr"] for g in groups] == pytest.approx([0.1] * 5 + [0.3])
 
 
+def test_a_stronger_memory_is_one_with_a_higher_rate() -> None:
+    """A gradient step counts the strength twice: in the gradient, and in what the difference does."""
+    torch.manual_seed(0)
+    model, tokens = LanguageModel(30, 8), article(60, 1).tokens
+    strong = Reader(model, chunk=5, strength=3.0).read(tokens, Method("sgd", lr=0.1)).losses
+    fast = Reader(model, chunk=5).read(tokens, Method("sgd", lr=0.1, memory=9.0)).losses
+    torch.testing.assert_close(strong, fast)
+    assert not torch.allclose(strong, Reader(model, chunk=5).read(tokens, Method("sgd", lr=0.1)).losses)
+
+
 def test_a_stretch_meets_the_protocol_and_reads_on_where_it_stopped(reader: Reader) -> None:
     from learned_optim.tasks import check_task
     from learned_optim.tasks.rollout import train

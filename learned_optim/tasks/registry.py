@@ -5,12 +5,12 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from . import language, synthetic, tabular, vision, vision_validation
+from . import language, synthetic, tabular, vision, vision_perceptrons, vision_validation
 from .base import TaskFamily
 
 FAMILIES: dict[str, TaskFamily] = {
     family.name: family
-    for module in (vision, language, tabular, synthetic, vision_validation)
+    for module in (vision_perceptrons, vision, language, tabular, synthetic, vision_validation)
     for family in module.FAMILIES
 }
 """Every family of the zoo by name."""
