@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from small_tasks import Quadratic, regression
 from learned_optim import LearnedOptimizer, Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.checkpoint import RunFolder, read_metrics
+from learned_optim.tasks import get_families
 
 
 def settings(**changes):
@@ -277,6 +279,14 @@ def test_an_unsound_task_is_named_before_the_run_starts(loss, message, tmp_path)
 def test_early_stopping_ends_a_run_that_does_not_improve():
     result = train(settings(outer_steps=50, meta_lr=0.0, patience=2))
     assert len(result.history) == 4
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+def test_the_recipes_name_what_there_is(path):
+    config = MetaTrainConfig.from_file(path)
+    for name in (*config.tasks, *config.validation_tasks):
+        assert get_families(name)
+    assert all(family.split == "train" for family in get_families(config.tasks))
 
 
 def test_settings_go_through_toml_and_json(tmp_path):
