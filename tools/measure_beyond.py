@@ -1,6 +1,6 @@
 """Runs unlike those of meta-training, against AdamW tuned for each: python tools/measure_beyond.py OUT.json
 
-Four times as many steps as any run of meta-training, ten times its largest network, batches of 1 and of 1,024, and
+Four times as many steps as any run of meta-training, ten times its largest network, batches of 1, 4 and 1,024, and
 parameters of two bytes. Perceptrons on letters and on a formula, two of the validation families. data sets; AdamW at
 the best of 14 settings, as in ``learned-optim bench``. One seed.
 """
@@ -64,6 +64,7 @@ TASKS: dict[str, Callable[[str], Task]] = {
     "6,000 steps": lambda name: renamed(FAMILIES["val_formula_regression"].task(1), name, 6000),
     "2.6 million parameters": lambda name: letters(name, [1200, 1200, 256], 64, 300),
     "batches of 1": lambda name: letters(name, [128], 1, 1500),
+    "batches of 4": lambda name: letters(name, [128], 4, 1500),
     "batches of 1,024": lambda name: letters(name, [256, 256], 1024, 300),
     "bfloat16 parameters": lambda name: letters(name, [128, 128], 64, 600, torch.bfloat16),
     "float16 parameters": lambda name: letters(name, [128, 128], 64, 600, torch.float16),

@@ -47,6 +47,22 @@ def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {**table, "geometric mean": {**dict.fromkeys(next(iter(table.values())), ""), "speedup": f"{mean:.2f}"}}
 
 
+def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """All that the bench ran, over AdamW tuned per task: geometric means, with the spread over seeds."""
+    table = {}
+    for row in results["quality"]["contenders"]:
+        found = row["summary"]
+        speedup, spread = found["speedup"], found["speedup"] * found["spread"]
+        table[row["name"].replace("learned: ", "LearnedOptimizer, ").replace("default", "nothing tuned", 1)] = {
+            "settings tried per task": str(row["settings"]),
+            "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
+            "worst task": f"{found['worst']:.2f}",
+            "held-out loss, end": f"{found['held_out_ratio'] - 1:+.1%}",
+            "time per step": f"{found['time_ratio']:.2f}",
+        }
+    return table
+
+
 #: Sizes of one tensor that README.md shows, out of those that the bench measures.
 SHOWN = {10_000: "10,000", 1_000_000: "1 million", 8_000_000: "8 million", 100_000_000: "100 million"}
 
@@ -87,8 +103,8 @@ def filled(text: str, folder: Path) -> str:
             table = quality(_read(ROOT / "pretrained" / "default" / "results.json"))
         elif match[2] == "step":
             table = step(_read(ROOT / "docs" / "step" / "results.json"))
-        elif match[2] == "meta_train_speed":
-            table = meta_train_speed(_read(folder / "meta_train_speed.json"))
+        elif match[2] in ("peers", "meta_train_speed"):
+            table = {"peers": peers, "meta_train_speed": meta_train_speed}[match[2]](_read(folder / f"{match[2]}.json"))
         else:
             table = _read(folder / f"{match[2]}.json")["table"]
         return f"{match[1]}\n{markdown(table)}\n{match[3]}"

@@ -106,7 +106,7 @@ def learn(
     seed: int = 0,
     unroll_length: int = 20,
     meta_batch: int = 2,
-    meta_lr: float = 0.04,
+    meta_lr: float = 0.015,
     stretch: int = 80,
 ) -> MetaTrainResult:
     """Meta-train on stretches of articles, from the tuned base policy of ``method``.
