@@ -147,6 +147,13 @@ def test_a_stronger_memory_is_one_with_a_higher_rate() -> None:
     fast = Reader(model, chunk=5).read(tokens, Method("sgd", lr=0.1, memory=9.0)).losses
     torch.testing.assert_close(strong, fast)
     assert not torch.allclose(strong, Reader(model, chunk=5).read(tokens, Method("sgd", lr=0.1)).losses)
+    readers = Reader(model, chunk=5), Reader(model, chunk=5, strength=3.0)
+    for reader in readers:
+        reader.measure([article(60, 0)])
+    found = readers[0].strengthened(3.0)
+    assert found.gradient_norm == pytest.approx(readers[1].gradient_norm)
+    for name, moment in readers[1].warm.second_moments.items():
+        torch.testing.assert_close(found.warm.second_moments[name], moment)
 
 
 def test_a_stretch_meets_the_protocol_and_reads_on_where_it_stopped(reader: Reader) -> None:

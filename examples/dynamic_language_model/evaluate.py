@@ -244,14 +244,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     clock("static model")
     model = static_model(corpus, args)
     count = sum(p.numel() for p in model.parameters())
-
-    def measured(choice: str, strength: float = 1.0) -> Reader:
-        reader = Reader(model, choice, args.chunk, strength)
-        reader.measure(cut(corpus.parts["meta"], 20_000))
-        return reader
-
-    readers = {choice: measured(choice) for choice in CHOICES}
+    readers = {choice: Reader(model, choice, args.chunk) for choice in CHOICES}
     for choice, reader in readers.items():
+        reader.measure(cut(corpus.parts["meta"], 20_000))
         print(f"  {choice}: {sum(d.numel() for d in reader.differences().values())} of {count} weights move in reading")
     of = {name: readers[CHOICE.get(name, "lstm")] for name in ("forgetful", "static", *BEGIN)}
     # Whole ones: what goes well for a thousand words may still run away later.
@@ -280,7 +275,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         clock(f"meta-training, {name}")
         base, starts = methods[base_name], {}
         for strength in sorted({1.0, base.memory**0.5, base.memory}):
-            of[name] = measured(CHOICE[name], strength)
+            of[name] = readers[CHOICE[name]].strengthened(strength)
             policy = base_policy(base.eps * of[name].gradient_rms)
             begin = dataclasses.replace(base, kind="learned", memory=strength, policy=policy, backend=args.backend)
             path = args.out / f"before_{name}_{strength:.2f}.pt"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Sequence
@@ -95,9 +96,19 @@ class Reader:
                 count += 1
         if count == 0:
             raise ValueError("no articles to measure the gradients on")
-        self.warm = WarmStart({name: t / count for name, t in total.items()}, STEPS_BEFORE)
+        self._know({name: t / count for name, t in total.items()})
 
-        self.gradient_norm = math.sqrt(sum(float(v.sum()) for v in self.warm.second_moments.values()))
+    def _know(self, second_moments: Weights) -> None:
+        self.warm = WarmStart(second_moments, STEPS_BEFORE)
+        self.gradient_norm = math.sqrt(sum(float(v.sum()) for v in second_moments.values()))
+
+    def strengthened(self, strength: float) -> Reader:
+        """The same with another strength, and what gradients were measured to be then."""
+        other, moments = copy.copy(self), dict(self.warm.second_moments)
+        other.strength = strength
+        moments["memory"] = moments["memory"] * (strength / self.strength) ** 2
+        other._know(moments)
+        return other
 
     @property
     def gradient_rms(self) -> float:
