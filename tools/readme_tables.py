@@ -53,7 +53,7 @@ def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     for row in results["quality"]["contenders"]:
         found = row["summary"]
         speedup, spread = found["speedup"], found["speedup"] * found["spread"]
-        table[row["name"].replace("learned: ", "LearnedOptimizer, ").replace("default", "nothing tuned", 1)] = {
+        table[row["name"].replace("learned: default", "LearnedOptimizer")] = {
             "settings tried per task": str(row["settings"]),
             "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
             "worst task": f"{found['worst']:.2f}",

@@ -106,8 +106,8 @@ def learn(
     seed: int = 0,
     unroll_length: int = 20,
     meta_batch: int = 2,
-    meta_lr: float = 0.015,
-    stretch: int = 80,
+    meta_lr: float = 0.02,
+    stretch: int = 200,
 ) -> MetaTrainResult:
     """Meta-train on stretches of articles, from the tuned base policy of ``method``.
 

@@ -73,6 +73,7 @@ def test_results_are_what_the_card_takes(measured: QualityResult, tmp_path: Path
     card = (tmp_path / "README.md").read_text()
     assert "longer" in card
     assert "speedup over AdamW, tuned, geometric mean" in card
+    assert "speedup over AdamW, tuned, hidden state reset: " in card
     assert str(Path.home()) not in json.dumps(values)
 
 
