@@ -68,7 +68,7 @@ def settings(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--save-policy", type=Path, help="also save the adapter there, e.g. pretrained/reader")
     args = parser.parse_args(arguments)
-    for name, quick, full in (("outer_steps", 20, 300), ("tuning_words", 5000, 13000), ("test_words", 25_000, 150_000)):
+    for name, quick, full in (("outer_steps", 20, 240), ("tuning_words", 5000, 13000), ("test_words", 25_000, 150_000)):
         if getattr(args, name) is None:
             setattr(args, name, quick if args.quick else full)
     return args

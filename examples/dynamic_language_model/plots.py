@@ -24,6 +24,8 @@ from PIL import Image
 from report import NAMES, interval, markdown, resampled
 from torch import Tensor
 
+#: Methods that move the memory.
+WITH_MEMORY = ("rms_memory", "rms_all", "learned_memory", "learned")
 HERE = Path(__file__).parent
 COLORS = {
     "forgetful": "0.75", "static": "0.35", "cache": "#b58900", "sgd": "#74a9cf", "adam": "#7a5195", "rms": "#1f5fa8",
@@ -237,8 +239,8 @@ def filled(readme: str, results: dict[str, Any]) -> str:
     """The README with this run's table and counts between its marks."""
     rows = []
     for name, tried in results["tuned"].items():
-        # The factor for the memory is no setting where there is none, or where the rule knows it.
-        shown = {k: v for k, v in tried.items() if k != "memory" or name in ("cache", "rms_memory", "rms_all")}
+        # The factor for the memory is no setting where there is none.
+        shown = {k: v for k, v in tried.items() if k != "memory" or name in ("cache", *WITH_MEMORY)}
         rows.append(f"| {NAMES[name]} | {', '.join(f'{k} {v:.3g}' for k, v in shown.items())} |")
     speed = results["words_per_second"]
     paces = [f"| {NAMES[n]} | {v:.0f} | {v / speed['static']:.2f} |" for n, v in speed.items()]
