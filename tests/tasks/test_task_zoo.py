@@ -57,7 +57,7 @@ def test_check_passes_and_sizes_are_as_promised(name):
         assert callable(getattr(task, "eval_loss", None))
         numel = sum(p.numel() for p in task.init(seeded(0))[0].values())
         low, high, most = (50, 1_500_000, 800) if family.split == "train" else (10_000, 1_500_000, 2000)
-        most = 1500 if name == "mlp_sparse_long" else most
+        most = 1500 if name in ("mlp_sparse_long", "mlp_tiny_batches") else most  # cheap steps, or the point of it
         assert low <= numel <= high
         assert 200 <= task.length <= most
 
