@@ -2,7 +2,9 @@
 
 A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and comes from ``docs/results/NAME.json``,
 whose key ``table`` maps optimizers to figures; ``quality`` comes from the bundled policy's ``results.json``, ``step``
-from that of ``learned-optim bench --suite step --out docs/step``.
+from that of ``learned-optim bench --suite step --out docs/step``. ``peers.json`` and ``ablations.json`` are the
+``results.json`` of ``learned-optim bench --suite quality --keep 3 --backend compiled``, the latter's with
+``--ablations --seeds 1``.
 ``--check`` changes nothing and fails if README.md is not current.
 """
 
@@ -49,18 +51,30 @@ def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     """All that the bench ran, over AdamW tuned per task: geometric means, with the spread over seeds."""
-    table = {}
-    for row in results["quality"]["contenders"]:
-        found = row["summary"]
-        speedup, spread = found["speedup"], found["speedup"] * found["spread"]
-        table[row["name"].replace("learned: default", "LearnedOptimizer")] = {
+    return {
+        row["name"].replace("learned: default", "LearnedOptimizer"): {
             "settings tried per task": str(row["settings"]),
-            "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
-            "worst task": f"{found['worst']:.2f}",
-            "held-out loss, end": f"{found['held_out_ratio'] - 1:+.1%}",
-            "time per step": f"{found['time_ratio']:.2f}",
+            **_over_tuned(row["summary"]),
+            "time per step": f"{row['summary']['time_ratio']:.2f}",
         }
-    return table
+        for row in results["quality"]["contenders"]
+    }
+
+
+def ablations(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Tuned AdamW, and the bench's ablations of a policy."""
+    rows = [r for r in results["quality"]["contenders"] if r["role"] == "ablation" or r["name"] == "AdamW, tuned"]
+    rows.sort(key=lambda row: row["role"] == "ablation")
+    return {row["name"]: _over_tuned(row["summary"]) for row in rows}
+
+
+def _over_tuned(found: dict[str, Any]) -> dict[str, str]:
+    speedup, spread = found["speedup"], found["speedup"] * (found["spread"] or 0.0)
+    return {
+        "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
+        "worst task": f"{found['worst']:.2f}",
+        "held-out loss, end": f"{found['held_out_ratio'] - 1:+.1%}",
+    }
 
 
 #: Sizes of one tensor that README.md shows, out of those that the bench measures.
@@ -97,16 +111,19 @@ def meta_train_speed(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return table
 
 
+#: Tables that are made of what a benchmark measured; the others stand in its file as they are.
+MADE = {"quality": quality, "peers": peers, "ablations": ablations, "step": step, "meta_train_speed": meta_train_speed}
+#: Results that are not in docs/results.
+ELSEWHERE = {
+    "quality": ROOT / "pretrained" / "default" / "results.json", "step": ROOT / "docs" / "step" / "results.json"
+}  # fmt: skip
+
+
 def filled(text: str, folder: Path) -> str:
     def fill(match: re.Match[str]) -> str:
-        if match[2] == "quality":
-            table = quality(_read(ROOT / "pretrained" / "default" / "results.json"))
-        elif match[2] == "step":
-            table = step(_read(ROOT / "docs" / "step" / "results.json"))
-        elif match[2] in ("peers", "meta_train_speed"):
-            table = {"peers": peers, "meta_train_speed": meta_train_speed}[match[2]](_read(folder / f"{match[2]}.json"))
-        else:
-            table = _read(folder / f"{match[2]}.json")["table"]
+        name = match[2]
+        results = _read(ELSEWHERE.get(name, folder / f"{name}.json"))
+        table = MADE[name](results) if name in MADE else results["table"]
         return f"{match[1]}\n{markdown(table)}\n{match[3]}"
 
     return MARKED.sub(fill, text)

@@ -193,7 +193,8 @@ def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> N
             "expects second moments gathered on training text (learned_optim.tasks.warm) and is no rule for training "
             "from random weights.",
             f"Used with lr {method.lr:.3g}, weight_decay {method.decay / method.lr:.3g}, eps {method.eps:.3g} times "
-            "the rms of the gradient; see examples/dynamic_language_model.",
+            f"the rms of the gradient, and differences in the memory that count {method.memory:.3g} times; "
+            "see examples/dynamic_language_model.",
         ],
     }  # fmt: skip
     save_policy(policy, args.save_policy, results=card)
