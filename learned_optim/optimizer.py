@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from learned_optim.arguments import check_group
 from learned_optim.backends import arithmetic_dtype
 from learned_optim.cells import Hyperparameters
-from learned_optim.compiled import make_backend
+from learned_optim.choice import make_backend
 from learned_optim.diagnostics import of_records
 from learned_optim.jobs import MEMORY, Job, Moment, hyperparameters
 from learned_optim.policy import Policy

@@ -27,7 +27,7 @@ from support import (
 )
 from test_jobs import CHANGES, assert_a_step_goes_by_what_is_there_now, data_of_another_dtype
 
-from learned_optim import LearnedOptimizer, PolicyConfig, compiled, kernels, waves
+from learned_optim import LearnedOptimizer, PolicyConfig, choice, compiled, kernels, waves
 from learned_optim.compiled import PART
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="needs a C++ compiler")
@@ -324,7 +324,7 @@ class TestChoice:
         assert optimizer.backend == "eager (10,000 parameters, compiled from 1,000,000)"
 
     def test_large_models_are_compiled_and_their_few_parameters_of_another_dtype_are_not(self, monkeypatch):
-        monkeypatch.setattr(compiled, "WORTH_COMPILING", 5_000)
+        monkeypatch.setattr(choice, "WORTH_COMPILING", 5_000)
         params = leaves((100, 100)) + leaves((50,), dtype=torch.float64)
         optimizer = LearnedOptimizer(params, policy=POLICIES["base"])
         run(optimizer, params, 2)
@@ -333,7 +333,7 @@ class TestChoice:
         )
 
     def test_without_a_compiler_it_is_eager_and_silent(self, monkeypatch):
-        monkeypatch.setattr(compiled, "WORTH_COMPILING", 5_000)
+        monkeypatch.setattr(choice, "WORTH_COMPILING", 5_000)
         monkeypatch.setenv("PATH", "")
         monkeypatch.delenv("CXX", raising=False)
         params = leaves((100, 100))
