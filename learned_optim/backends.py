@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.balance import Squares, rows_and_columns
 from learned_optim.cells import CoordinateState
 from learned_optim.coordinates import Pieces, Segments, Whole
 from learned_optim.features import TensorSums
 from learned_optim.jobs import Flat, Job
+from learned_optim.orthogonal import rows_and_columns
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.rounding import rounded_state
 from learned_optim.waves import Head, Tensors, copy_all, limit
@@ -60,12 +60,16 @@ class Unit(Protocol):
 
     jobs: list[Job]
 
-    def measure(self, squares: Squares | None) -> TensorSums:
-        """The sums of each job, [len(jobs)] each, in float64; those of rows and columns are added to ``squares``."""
+    def measure(self) -> TensorSums:
+        """The sums of each job, [len(jobs)] each, in float64."""
         ...
 
-    def apply(self, values: Tensor, shares: Squares | None) -> None:
-        """Write the update, given the coefficients [C, len(jobs)] and the shares of rows and columns, if wanted."""
+    def apply(self, values: Tensor) -> dict[tuple[int, int], Tensor]:
+        """Write the update, given the coefficients [C, len(jobs)].
+
+        Parameters that :func:`is_orthogonalised` are left as they are; their d, [numel] in the order of the indices and
+        of the parameter's dtype, is returned by the place of the job.
+        """
         ...
 
 
@@ -74,9 +78,9 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def is_balanced(config: PolicyConfig, job: Job) -> bool:
-    """Whether rows and columns of this tensor are balanced."""
-    return config.balance > 0.0 and rows_and_columns(job.shape) is not None
+def is_orthogonalised(config: PolicyConfig, job: Job) -> bool:
+    """Whether this tensor's update is orthogonalised, in parts or as a whole."""
+    return config.orthogonal > 0.0 and rows_and_columns(job.shape) is not None
 
 
 @lru_cache(maxsize=1024)
@@ -107,7 +111,8 @@ class EagerBackend:
                 unit = _Large(self, job)
                 yield unit, job.numel if unit.flat.copied else 0
             elif job.numel > 0:
-                small.setdefault((job.moment, job.format), []).append(job)
+                as_matrix = is_orthogonalised(self.head.config, job)
+                small.setdefault((job.moment, job.format, as_matrix), []).append(job)
         for same_kind in small.values():
             for batch in _bins(same_kind):
                 unit = _Batch(self, batch)
@@ -121,29 +126,26 @@ class _Large:
         self.backend, self.jobs = backend, [job]
         self.dtype = arithmetic_dtype(job.param.dtype)
         self.layout = _whole(job.param.shape, job.param.device)
-        self.now = job.moment.numbers
-        self.flat = Flat(job, is_balanced(backend.head.config, job))
+        self.as_matrix = is_orthogonalised(backend.head.config, job)
+        self.now = job.moment.for_directions if self.as_matrix else job.moment.numbers
+        self.flat = Flat(job, self.as_matrix)
         self.chunk = limit(CHUNK, job.param.device)
 
-    def measure(self, squares: Squares | None) -> TensorSums:
-        parts = []
-        for number, chunk in enumerate(self._chunks()):
-            sums, square = update_rule.measure(self.backend.head.config, self.layout, *self._inputs(chunk), self.now)
-            parts.append(sums)
-            if square is not None and squares is not None:
-                squares.add(self.jobs[0], square, number * self.chunk)
+    def measure(self) -> TensorSums:
+        parts = [update_rule.measure(self.layout, *self._inputs(chunk), self.now) for chunk in self._chunks()]
         return TensorSums(*(torch.stack(s).double().sum(0) for s in zip(*parts, strict=True)))
 
-    def apply(self, values: Tensor, shares: Squares | None) -> None:
+    def apply(self, values: Tensor) -> dict[tuple[int, int], Tensor]:
         backend, config = self.backend, self.backend.head.config
         coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
-        for number, chunk in enumerate(self._chunks()):
-            p, g, state = self._inputs(chunk)
-            factor = shares and shares.factor(self.jobs[0], number * self.chunk, len(p), self.dtype)
-            p, state = update_rule.apply(backend.numbers, config, coeff, p, g, state, self.now, factor=factor)
+        first = self.flat.vectors[0]
+        written = torch.empty_like(first) if self.as_matrix else first
+        for chunk, target in zip(self._chunks(), written.split(self.chunk), strict=True):
+            p, state = update_rule.apply(backend.numbers, config, coeff, *self._inputs(chunk), self.now)
             state = rounded_state(state, [t.dtype for t in chunk[2:]])
-            copy_all([chunk[0], *chunk[2:]], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
+            copy_all([target, *chunk[2:]], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         self.flat.write_back()
+        return {self.jobs[0].place: written} if self.as_matrix else {}
 
     def _chunks(self) -> Iterator[tuple[Tensor, ...]]:
         return zip(*(t.split(self.chunk) for t in self.flat.vectors), strict=True)
@@ -162,34 +164,29 @@ class _Batch:
         device, self.dtype = first.format.device, arithmetic_dtype(first.format.param)
         self.layout = _segments(tuple([job.param.shape for job in jobs]), device)
         self.packing = packing(tuple([job.numel for job in jobs]), ALIGN, device)
-        self.now = first.moment.numbers
+        self.as_matrices = is_orthogonalised(backend.head.config, first)
+        self.now = first.moment.for_directions if self.as_matrices else first.moment.numbers
         self.vectors = [_vectors(job) for job in jobs]
         planes = list(zip(*(vectors.planes for vectors in self.vectors), strict=True))
         p, g, m, v, *h = self.packing.pack(planes, [self.dtype] * len(planes))
         self.inputs = p, g, CoordinateState(m, v, tuple(h))
 
-    def measure(self, squares: Squares | None) -> TensorSums:
-        sums, square = update_rule.measure(self.backend.head.config, self.layout, *self.inputs, self.now)
-        if square is not None and squares is not None:
-            for job, piece in zip(self.jobs, square.split(self.layout.sizes), strict=True):
-                squares.add(job, piece[: job.param.numel()])
-        return TensorSums(*(s.double() for s in sums))
+    def measure(self) -> TensorSums:
+        return TensorSums(*(s.double() for s in update_rule.measure(self.layout, *self.inputs, self.now)))
 
-    def apply(self, values: Tensor, shares: Squares | None) -> None:
+    def apply(self, values: Tensor) -> dict[tuple[int, int], Tensor]:
         backend, config = self.backend, self.backend.head.config
         coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
-        factor = None
-        if shares is not None:
-            factor = torch.ones(sum(self.layout.sizes), dtype=self.dtype, device=self.jobs[0].param.device)
-            for job, place in zip(self.jobs, factor.split(self.layout.sizes), strict=True):
-                shares.write(job, place[: job.param.numel()])
-        p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now, factor=factor)
+        p, state = update_rule.apply(backend.numbers, config, coeff, *self.inputs, self.now)
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
-        p_old, _, *state_old = zip(*(vectors.planes for vectors in self.vectors), strict=True)
-        self.packing.write([p_old, *state_old], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
+        written, _, *state_old = zip(*(vectors.planes for vectors in self.vectors), strict=True)
+        if self.as_matrices:
+            written = [torch.empty_like(vector) for vector in written]
+        self.packing.write([written, *state_old], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         for vectors in self.vectors:
             if vectors.flat is not None:
                 vectors.flat.write_back()
+        return {job.place: d for job, d in zip(self.jobs, written, strict=True)} if self.as_matrices else {}
 
 
 class _Vectors:

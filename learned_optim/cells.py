@@ -35,6 +35,10 @@ class StepNumbers(NamedTuple):
     root_bias_correction2: Spread  #: sqrt(1 - beta2^t)
     gate_floor: Spread  #: 1 / t
 
+    def for_directions(self) -> StepNumbers:
+        """With which the rule returns d in place of new parameters."""
+        return self._replace(lr=-1.0, retained=0.0)
+
 
 def step_numbers(step: Spread, hyper: Hyperparameters) -> StepNumbers:
     """The numbers of step t >= 1."""
@@ -54,6 +58,8 @@ class CoordinateState(NamedTuple):
     hidden: tuple[Tensor, ...]
 
 
+#: Number of the share that is orthogonalised in :class:`Coefficients`.
+ORTHOGONAL = 7
 #: Number of the first hidden unit's weight in :class:`Coefficients`.
 FIRST_HIDDEN = 8
 
@@ -68,7 +74,7 @@ class Coefficients(NamedTuple):
     inverse_rms_h: Spread
     inverse_rms_u: Spread
     inverse_rms_p: Spread
-    balancing: Spread  #: how much of it is done, in [0, 1]
+    orthogonal: Spread  #: how much of a matrix's update is orthogonalised, in [0, 1]
     hidden: Sequence[Spread]  #: s w_j
     rates: Sequence[Spread]  #: rate_j(t) f(C_j . c)
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from learned_optim.backends import Packing, Unit, is_balanced, packing
-from learned_optim.balance import Squares
+from learned_optim.backends import Packing, Unit, is_orthogonalised, packing
 from learned_optim.features import TensorSums
 from learned_optim.jobs import Flat, Format, Job, piece_of
 from learned_optim.kernels import (
@@ -24,8 +22,6 @@ from learned_optim.kernels import (
 from learned_optim.policy import Policy
 from learned_optim.waves import COPIED, Head, limit, tensor_numbers, to_device
 
-#: Rows that are run at once where rows and columns are balanced: what that needs besides is 4 MB then.
-PART = 2048
 #: Tensors of fewer rows than this are copied as a whole, on CPUs (kernels take two rows or more) and on GPUs, where the
 #: launches of one tensor take as long as copying a million coordinates.
 IN_PLACE, IN_PLACE_ON_GPU = 2, 2048
@@ -65,7 +61,7 @@ class CompiledBackend:
         """Views of the job's tensors; those of the last step, where all is as it was but for the gradient."""
         views = job.kept
         if not isinstance(views, _Views) or not views.take(job.grad):
-            views = _Views(job, is_balanced(self.head.config, job))
+            views = _Views(job, is_orthogonalised(self.head.config, job))
             job.kept = None if views.copied else views
         return views
 
@@ -93,13 +89,13 @@ class CompiledBackend:
 class _Views:
     """A job's tensors as the rows that the kernels run over in place, and the rest that is copied."""
 
-    def __init__(self, job: Job, in_order: bool) -> None:
-        flat = Flat(job, in_order)
-        self.job, self.copied = job, flat if flat.copied else None
+    def __init__(self, job: Job, as_matrix: bool) -> None:
+        flat = Flat(job, in_order=as_matrix)
+        self.job, self.as_matrix, self.copied = job, as_matrix, flat if flat.copied else None
         self.split = rows, rest = _split(job.numel, job.format.device)
         self.in_place = flat.piece(0, rows, WIDTH) if rows else []
         self.tail = flat.piece(rows * WIDTH, rest) if rest else []
-        self.size = max(job.numel if flat.copied else 0, -(-rest // WIDTH) * WIDTH)  #: that is copied
+        self.size = max(job.numel if flat.copied or as_matrix else 0, -(-rest // WIDTH) * WIDTH)  #: that is copied
         self._strides = job.grad.stride()
 
     def take(self, grad: Tensor) -> bool:
@@ -112,6 +108,18 @@ class _Views:
         if rest:
             self.tail[1] = piece_of(grad, rows * WIDTH, rest)
         return True
+
+    def vector(self) -> Tensor:
+        """The parameter, as the views see it."""
+        return piece_of((self.in_place or self.tail)[0], 0, self.job.numel)
+
+    def writing_to(self, target: Tensor | None) -> tuple[list[Tensor], list[Tensor]]:
+        """``in_place`` and ``tail``; with a vector, if there is one, in the parameter's place."""
+        if target is None:
+            return self.in_place, self.tail
+        rows, rest = self.split
+        in_place = [piece_of(target, 0, rows, WIDTH), *self.in_place[1:]] if rows else []
+        return in_place, [piece_of(target, rows * WIDTH, rest), *self.tail[1:]] if rest else []
 
     def let_go(self) -> None:
         for views in (self.in_place, self.tail):
@@ -162,7 +170,6 @@ class _Rows:
         self.backend, self.views = backend, views
         self.jobs = [one.job for one in views]
         self.kernels = backend.kernels(form)
-        self.balanced = backend.head.config.balance > 0.0
         self.plan = plan = _plan(tuple([one.split for one in views]), form.device)
         self.pieces = [views[k].in_place for k in plan.in_place]
         if plan.packing:
@@ -170,24 +177,18 @@ class _Rows:
             copied = plan.packing.pack(tails, (form.param, form.grad, *form.planes))
             self.pieces.append([plane.view(-1, WIDTH) for plane in copied])
         dtype = torch.promote_types(form.param, torch.float32)
-        moments = [job.moment for job in self.jobs]
-        if all(moment is moments[0] for moment in moments):
-            of_all = to_device([moments[0].numbers], dtype, form.device)
+        each = [one.job.moment.for_directions if one.as_matrix else one.job.moment.numbers for one in views]
+        if all(numbers is each[0] for numbers in each):
+            of_all = to_device([each[0]], dtype, form.device)
             numbers = of_all.expand(len(plan.owner_of_row), -1).contiguous()
         else:
-            by_job = to_device([moment.numbers for moment in moments], dtype, form.device)
+            by_job = to_device(each, dtype, form.device)
             numbers = by_job.index_select(0, plan.owner_of_row)
         self.numbers = numbers.split_with_sizes(plan.pieces)
 
-    def measure(self, squares: Squares | None) -> TensorSums:
+    def measure(self) -> TensorSums:
         plan, measure = self.plan, self.kernels.measure
-        sums: list[Tensor] = []
-        for piece, first, (*planes, now) in self._parts(self.numbers):
-            found, *square = measure([*planes[:5], now])
-            sums.append(found)
-            if squares is not None:
-                for job, start, part in self._owners(piece, first, square[0]):
-                    squares.add(job, part, start)
+        sums = [measure([*planes[:5], now])[0] for planes, now in zip(self.pieces, self.numbers, strict=True)]
         # A GPU has a block of threads for each segment of a vector, for those of a matrix one thread; and would be
         # waited for without `unsafe`.
         rows = torch.cat(sums, 1).double().flatten()
@@ -195,52 +196,22 @@ class _Rows:
         by_job = by_piece.new_zeros(len(by_piece), len(self.jobs)).index_add_(1, plan.owners, by_piece)
         return TensorSums(*by_job.unbind())
 
-    def apply(self, values: Tensor, shares: Squares | None) -> None:
+    def apply(self, values: Tensor) -> dict[tuple[int, int], Tensor]:
         by_job = values.T.to(self.numbers[0].dtype).contiguous()
         coefficients = by_job.index_select(0, self.plan.owner_of_row)
         weights = self.backend.weights(coefficients)
         split = coefficients.split_with_sizes(self.plan.pieces)
-        for piece, first, (*planes, now, c) in self._parts(self.numbers, split):
-            factor = [self._factor(shares, piece, first, now)] if self.balanced else []
-            self.kernels.apply([*planes, *factor, now, c, weights])
+        # Kernels read the parameter where they write d.
+        found = {k: one.vector().clone() for k, one in enumerate(self.views) if one.as_matrix}
+        written = [one.writing_to(found.get(k)) for k, one in enumerate(self.views)]
+        pieces = [written[k][0] for k in self.plan.in_place] + self.pieces[len(self.plan.in_place) :]
+        for planes, now, c in zip(pieces, self.numbers, split, strict=True):
+            self.kernels.apply([*planes, now, c, weights])
         if self.plan.packing:
-            p, _, *state = zip(*(self.views[k].tail for k in self.plan.copied), strict=True)
-            p_new, _, *state_new = (plane.view(-1) for plane in self.pieces[-1])
+            p, _, *state = zip(*(written[k][1] for k in self.plan.copied), strict=True)
+            p_new, _, *state_new = (plane.view(-1) for plane in pieces[-1])
             self.plan.packing.write([p, *state], [p_new, *state_new])
         for one in self.views:
             if one.copied:
                 one.copied.write_back()
-
-    def _parts(self, *more: Sequence[Tensor]) -> Iterator[tuple[int, int, list[Tensor]]]:
-        """Number of a piece, its first row, and its planes and what is given besides; cut where rows are balanced."""
-        part = limit(PART, self.jobs[0].format.device)
-        for number, (piece, *others) in enumerate(zip(self.pieces, *more, strict=True)):
-            planes = [*piece, *others]
-            rows = self.plan.pieces[number]
-            if not self.balanced or rows <= part + 1:  # no part of a single row
-                yield number, 0, planes
-                continue
-            for first, last in itertools.pairwise((*range(0, rows - 1, part), rows)):
-                yield number, first, [t[first:last] for t in planes]
-
-    def _owners(self, piece: int, first: int, plane: Tensor) -> Iterator[tuple[Job, int, Tensor]]:
-        """Jobs with coordinates in the rows of a piece from ``first`` on: where they begin, and a vector of them."""
-        if piece < len(self.plan.in_place):
-            yield self.jobs[self.plan.in_place[piece]], first * WIDTH, plane.reshape(-1)
-        elif self.plan.packing:
-            places = self.plan.packing.unpack(plane.view(-1))
-            for k, size, place in zip(self.plan.copied, self.plan.packing.sizes, places, strict=True):
-                yield self.jobs[k], self.jobs[k].numel - size, place
-
-    def _factor(self, shares: Squares | None, piece: int, first: int, like: Tensor) -> Tensor:
-        """r_i c_j, 1 where there are none, in as many rows as ``like`` has."""
-        if shares is not None and piece < len(self.plan.in_place):
-            job = self.jobs[self.plan.in_place[piece]]
-            factor = shares.factor(job, first * WIDTH, len(like) * WIDTH, like.dtype)
-            if factor is not None:
-                return factor.view(-1, WIDTH)
-        plane = like.new_ones(len(like), WIDTH)
-        if shares is not None and piece >= len(self.plan.in_place):
-            for job, start, place in self._owners(piece, 0, plane):
-                shares.write(job, place, start)
-        return plane
+        return {self.jobs[k].place: d for k, d in found.items()}

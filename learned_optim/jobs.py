@@ -49,6 +49,7 @@ class Moment:
 
     def __init__(self, step: float, hyper: Hyperparameters) -> None:
         self.step, self.hyper, self.numbers = step, hyper, update_rule.step_numbers(step, hyper)
+        self.for_directions = self.numbers.for_directions()
 
 
 class Kept(Protocol):

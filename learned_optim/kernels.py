@@ -29,7 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim import balance, cells, clamps, coordinates, features, rounding, update_rule
+from learned_optim import cells, clamps, coordinates, features, rounding, update_rule
 from learned_optim.cells import CoordinateState, StepNumbers
 from learned_optim.coordinates import Spread
 from learned_optim.policy import PolicyConfig, expected_shapes
@@ -59,11 +59,9 @@ class Kind(NamedTuple):
 class Kernels(NamedTuple):
     """The two passes over R rows. Planes are [R, WIDTH], contiguous; ``numbers`` is [R, 8], see :class:`StepNumbers`.
 
-    ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R], and where rows and
-    columns are balanced what is summed over these, [R, WIDTH].
+    ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, numbers])`` returns ``[sums]``, [7, R].
     ``apply([param, grad, *planes, numbers, coefficients, weights])`` writes the update into its first arguments;
-    ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`. Where rows and columns are balanced the factor of
-    each coordinate, [R, WIDTH], comes before ``numbers``.
+    ``coefficients`` is [R, C], ``weights`` see :func:`flat_weights`.
     """
 
     measure: Kernel
@@ -106,8 +104,7 @@ class _Measure(torch.nn.Module):
     def forward(self, p: Tensor, g: Tensor, m: Tensor, v: Tensor, h: Tensor, numbers: Tensor) -> tuple[Tensor, ...]:
         p, g, m, v, h = (t.to(self.kind.arithmetic) for t in (p, g, m, v, h))
         now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
-        sums, square = update_rule.measure(self.kind.config, Rows(), p, g, CoordinateState(m, v, (h,)), now)
-        return (torch.stack(sums),) if square is None else (torch.stack(sums), square)
+        return (torch.stack(update_rule.measure(Rows(), p, g, CoordinateState(m, v, (h,)), now)),)
 
 
 class _Apply(torch.nn.Module):
@@ -118,7 +115,6 @@ class _Apply(torch.nn.Module):
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         config, dtype = self.kind.config, self.kind.arithmetic
         (*planes, numbers, coefficients, flat) = inputs
-        factor = planes.pop() if config.balance else None
         p, g, m, v, *h = (t.to(dtype) for t in planes)
         shapes = cell_shapes(config)
         pieces = flat.split([math.prod(shape) for shape in shapes.values()])
@@ -126,7 +122,7 @@ class _Apply(torch.nn.Module):
         now = StepNumbers(*numbers.unsqueeze(1).unbind(2))
         coeff = update_rule.spread_coefficients(config, Rows(), coefficients.T, dtype)
         state = CoordinateState(m, v, tuple(h))
-        p, state = update_rule.apply(weights, config, coeff, p, g, state, now, factor=factor)
+        p, state = update_rule.apply(weights, config, coeff, p, g, state, now)
         state = rounding.rounded_state(state, self.kind.dtypes[2:])
         for old, new in zip((planes[0], *planes[2:]), (p, state.exp_avg, state.exp_avg_sq, *state.hidden), strict=True):
             old.copy_(new)
@@ -160,7 +156,6 @@ def _made(kind: Kind) -> Kernels | CompilationError:
     rows = 4096  # an example's; enough that the compiler expects work for several threads
     planes = [torch.empty(rows, WIDTH, dtype=dtype, device=kind.device) for dtype in kind.dtypes]
     numbers = torch.empty(rows, 8, dtype=kind.arithmetic, device=kind.device)
-    factor = [numbers.new_empty(rows, WIDTH)] if kind.config.balance else []
     coefficients = numbers.new_empty(rows, coefficient_count(kind.config))
     weights = numbers.new_empty(sum(math.prod(s) for s in cell_shapes(kind.config).values()))
     make = _ahead_of_time if kind.device == "cpu" else _just_in_time
@@ -169,7 +164,7 @@ def _made(kind: Kind) -> Kernels | CompilationError:
             warnings.simplefilter("ignore")
             return Kernels(
                 make(_Measure(kind), [*planes[:5], numbers], 6),
-                make(_Apply(kind), [*planes, *factor, numbers, coefficients, weights], len(planes) + len(factor) + 2),
+                make(_Apply(kind), [*planes, numbers, coefficients, weights], len(planes) + 2),
             )
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -300,7 +295,7 @@ def _options(device: str) -> dict[str, Any]:
 def _key(module: torch.nn.Module) -> str:
     """Equal if and only if the kernel is: of torch, of the machine, of the rule's source, and of the kind."""
     kind: Any = module.kind
-    sources = [inspect.getsource(m) for m in (update_rule, balance, cells, clamps, features, coordinates, rounding)]
+    sources = [inspect.getsource(m) for m in (update_rule, cells, clamps, features, coordinates, rounding)]
     parts = [
         torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
         str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,

@@ -215,7 +215,7 @@ class LearnedOptimizer(Optimizer):
         self._records, whole = [], jobs
         for some in shards:
             shares = [job for job in jobs if job.place in some.shapes]
-            self._records += run_shards(self._backend, shares, some.shapes, some.device, some.add_up)
+            self._records += run_shards(self._backend, shares, some)
             whole = [job for job in whole if job.place not in some.shapes]
         self._records += run(self._backend, whole)
         for job in jobs:
@@ -249,7 +249,7 @@ class LearnedOptimizer(Optimizer):
         job = self._jobs.get(place)
         if job is None or not job.holds(p, state):
             self._complete(p, state)
-            begins = origin(p) if self.policy.config.balance else (0, 0)
+            begins = origin(p) if self.policy.config.orthogonal else (0, 0)
             job = self._jobs[place] = Job(p, state, self._plane_keys(), place, self.safeguard, begins)
         if p.grad is None:
             raise RuntimeError("a parameter without gradient cannot be updated")

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from huggingface_hub import CommitInfo
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 #: Per-coordinate inputs of the recurrent cell; all are even in (gradient, parameter).
 FEATURES = ("abs_b", "abs_h", "abs_u", "b_h", "u_b", "u_h", "p_b")
@@ -79,9 +79,9 @@ class PolicyConfig:
             gradients some steps later only.
         pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
             turn against each other whatever the step size: what they add up to in a long run must stay harmless.
-        balance: exponent of the balancing of rows and columns, see :mod:`learned_optim.balance`; 0 does without.
-        balance_floor: of a row's, or a column's, mean square, relative to the mean of all, before the exponent.
-        balance_bound: balancing changes a coordinate's step by at most this factor, each way.
+        orthogonal: how much of a matrix's update is orthogonalised, see :mod:`learned_optim.orthogonal`, in [0, 1]; 0
+            does without. Between 0 and 1 the head, which then has one more output, changes the odds of it.
+        orthogonal_iterations: of Newton and Schulz; each costs six times the coordinates times the smaller side.
         feature_bound: features are clamped to [-feature_bound, feature_bound].
         cosine_decays: decays of the fast and the slow average of the cosine between gradient and momentum.
         features: names of the cell's inputs, in the order of its weights.
@@ -113,9 +113,8 @@ class PolicyConfig:
     pace_rate: float = 0.002
     pace_growth: float = 0.01
     pace_bound: float = 0.7
-    balance: float = 0.0
-    balance_floor: float = 0.3
-    balance_bound: float = 8.0
+    orthogonal: float = 0.0
+    orthogonal_iterations: int = 3
     feature_bound: float = 4.0
     cosine_decays: tuple[float, float] = (0.8, 0.98)
     features: tuple[str, ...] = FEATURES
@@ -153,9 +152,9 @@ class PolicyConfig:
         for name in ("pace_gain", "pace_rate", "pace_growth"):
             require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
         require(0.0 <= self.pace_bound <= 10.0, "pace_bound", "in [0, 10]")
-        require(0.0 <= self.balance <= 1.0, "balance", "in [0, 1]")
-        require(0.0 <= self.balance_floor <= 100.0, "balance_floor", "in [0, 100]")
-        for name in ("gate_bound", "amplitude_bound", "balance_bound"):
+        require(0.0 <= self.orthogonal <= 1.0, "orthogonal", "in [0, 1]")
+        require(1 <= self.orthogonal_iterations <= 20, "orthogonal_iterations", "between 1 and 20")
+        for name in ("gate_bound", "amplitude_bound"):
             require(1.0 <= getattr(self, name) <= 100.0, name, "in [1, 100]")
         for name in ("feature_bound", "context_bound"):
             require(0.0 < getattr(self, name) <= 100.0, name, "in (0, 100]")
@@ -207,11 +206,8 @@ class PolicyConfig:
                 f"made for policy format {version}, this learned_optim reads up to {FORMAT_VERSION}: "
                 "upgrade with `pip install -U learned-optim`"
             )
-        if type(version) is int and version == 1:  # had no balancing; True would be equal
-            values = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0, **values, "format_version": 2}
-        if values.get("format_version") == 2:  # had no pace
-            without = {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
-            values = {**without, **values, "format_version": 3}
+        if type(version) is int and 1 <= version < FORMAT_VERSION:  # True would be equal to 1
+            values = _of_this_format(values, version)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
         if missing or unknown:
@@ -220,8 +216,30 @@ class PolicyConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the tensor head: step scale, two mixture weights, agreement, one weight per hidden unit."""
-        return 4 + len(self.hidden_weights)
+        """Outputs of the tensor head: step scale, two mixture weights, agreement, one weight per hidden unit.
+
+        And what changes the odds of orthogonalising, where they can be changed.
+        """
+        return 4 + len(self.hidden_weights) + (0.0 < self.orthogonal < 1.0)
+
+
+def _of_this_format(values: Mapping[str, Any], version: int) -> dict[str, Any]:
+    """What a configuration of an earlier format says in this one.
+
+    Formats 1 and 2 had no pace, 1 to 3 were not orthogonalised; 2 and 3 could balance rows and columns.
+
+    Raises:
+        ValueError: it does balance them.
+    """
+    values = dict(values)
+    if version > 1 and values.pop("balance", 0.0):
+        raise ValueError("rows and columns are balanced, which this learned_optim no longer does: use 0.1")
+    for name in ("balance_floor", "balance_bound") if version > 1 else ():
+        values.pop(name, None)
+    without = {"orthogonal": 0.0, "orthogonal_iterations": 3}
+    if version < 3:
+        without |= {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
+    return {**without, **values, "format_version": FORMAT_VERSION}
 
 
 def _typed(name: str, value: Any, like: Any) -> Any:

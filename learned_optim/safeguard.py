@@ -40,7 +40,7 @@ def guarded(
 
     Returns:
         Coefficients [C, K] and the new trust [K]. With trust 0 they are AdamW's: momentum alone, no amplitude, no
-        agreement gate, no balancing. Features are scaled by the trust, so that amplitude and gates fade with it.
+        agreement gate, no orthogonalising. Features are scaled by the trust, so that amplitude and gates fade with it.
     """
     # The cosine of n coordinates of noise is about 1/sqrt(n), its average over some steps half of that.
     evidence = (0.5 * cosine_fast * numel.sqrt()).clamp(-1.0, 1.0)

@@ -1,8 +1,9 @@
 """Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
 
-The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor and,
-where rows and columns are balanced, one for each of these, which one all-reduce adds up for all tensors of a step.
-Replicated tensors need none: every process has all of them.
+The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor, which
+one all-reduce adds up for all tensors of a step. Where updates are orthogonalised, one more for each matrix brings the
+whole update to every process, and each orthogonalises all of it. Replicated tensors need none: every process has all
+of them.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ class Shards(NamedTuple):
 
     mesh: DeviceMesh
     dims: tuple[int, ...]  #: of the mesh, over which the parameters are cut
-    shapes: dict[tuple[int, int], torch.Size]  #: by group and number in it, of the whole parameters
+    shapes: dict[tuple[int, int], torch.Size]  #: by group and number in it, of the whole parameters; in order
+    dtypes: dict[tuple[int, int], torch.dtype]  #: of the arithmetic
     device: torch.device
 
     def add_up(self, sums: Tensor) -> None:
@@ -46,8 +48,9 @@ def find_shards(groups: Iterable[dict[str, Any]]) -> list[Shards]:
         mesh = p.device_mesh
         dims = tuple(i for i, s in enumerate(p.placements) if not s.is_replicate() and mesh.size(i) > 1)
         if dims:
-            shards = found.setdefault((mesh, dims), Shards(mesh, dims, {}, local(p).device))
+            shards = found.setdefault((mesh, dims), Shards(mesh, dims, {}, {}, local(p).device))
             shards.shapes[place] = real_shape(p)
+            shards.dtypes[place] = torch.promote_types(local(p).dtype.to_real(), torch.float32)
     return list(found.values())
 
 

@@ -11,7 +11,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha)                 pace: the tensor's own state
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                agreement
-    d  = d r_i c_j  in row i and column j of a matrix                                balance, where it is wanted
+    d  = orthogonalised, where d is a matrix, and as long as before                  see learned_optim/orthogonal.py
     p' = p - lr weight_decay p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
@@ -29,9 +29,10 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from learned_optim import balance
+from learned_optim import orthogonal
 from learned_optim.cells import (
     FIRST_HIDDEN,
+    ORTHOGONAL,
     Coefficients,
     CoordinateState,
     Hyperparameters,
@@ -57,16 +58,10 @@ def directions(grad: Tensor, state: CoordinateState, now: StepNumbers) -> tuple[
     return m, v, grad * inverse, m * (inverse * (1.0 / now.bias_correction1)), state.exp_avg * inverse
 
 
-def measure(
-    config: PolicyConfig, layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, now: StepNumbers
-) -> tuple[TensorSums, Tensor | None]:
-    """First pass: the sums over each tensor that its context and its features are made of.
-
-    Where the policy balances rows and columns, also what is summed over these, [n].
-    """
+def measure(layout: Layout, param: Tensor, grad: Tensor, state: CoordinateState, now: StepNumbers) -> TensorSums:
+    """First pass: the sums over each tensor that its context and its features are made of."""
     _, _, u, b, r = directions(grad, state, now)
-    square = balance.squared_mixture(config, u, b, state.hidden[0]) if config.balance else None
-    return tensor_sums(layout, u, b, state.hidden[0], param, r), square
+    return tensor_sums(layout, u, b, state.hidden[0], param, r)
 
 
 def coefficients(
@@ -101,12 +96,16 @@ def coefficients(
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
     scale = config.step_scale * (log_factor[:1] + pace).exp()
     base = constant_column((config.momentum_weight, config.gradient_weight, *config.hidden_weights), context)
-    mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4:])).exp()
+    mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4 : 4 + len(config.hidden_weights)])).exp()
     odds = config.agreement * log_factor[3:4].exp()
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)
+    share = torch.full_like(scale, config.orthogonal)
+    if 0.0 < config.orthogonal < 1.0:
+        odds = config.orthogonal * log_factor[-1:].exp()
+        share = odds / (1.0 - config.orthogonal + odds)
 
     inverse = 1.0 / torch.stack((stats.rms_b, stats.rms_h, stats.rms_u, stats.rms_p)).clamp(min=1e-20)
-    rows = [mixture[:2], disagreeing, inverse, torch.ones_like(scale), mixture[2:]]
+    rows = [mixture[:2], disagreeing, inverse, share, mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)
@@ -139,11 +138,11 @@ def apply(
     state: CoordinateState,
     now: StepNumbers,
     fixed_scale: Layout | None = None,
-    factor: Tensor | None = None,
 ) -> tuple[Tensor, CoordinateState]:
     """Second pass: new parameters and state planes, coordinate by coordinate.
 
-    ``factor`` is r_i c_j of each coordinate, where rows and columns are balanced.
+    With ``now.for_directions()`` d is returned in place of the parameters: :func:`learned_optim.orthogonal.whole` and
+    :func:`stepped` make new ones of it.
 
     With a layout as ``fixed_scale`` the rms of d over each tensor is a constant to back-propagation (its value is
     unchanged): meta-training through short windows then cannot learn step sizes, which it would choose too small.
@@ -159,15 +158,16 @@ def apply(
     cell = gated_cell if config.cell == "gated" else gru_cell
     hidden, d = cell(weights, config, coeff, x, u, b, state.hidden, now)
     d = torch.where(d * u < 0.0, d * coeff.disagreeing, d)
-    if factor is not None:
-        bound = config.balance_bound
-        d = d * (1.0 + coeff.balancing * (clamp_positive(factor, 1.0 / bound, bound) - 1.0))
     if fixed_scale is not None:
         square = fixed_scale.inner(d, d).clamp(min=1e-30)
         (ratio,) = fixed_scale.spread((square.detach() / square).sqrt().unsqueeze(0))
         d = d * ratio
-    new_param = add_product(param * now.retained, -now.lr, d)
-    return new_param, CoordinateState(m, v, tuple(hidden))
+    return stepped(param, d, now), CoordinateState(m, v, tuple(hidden))
+
+
+def stepped(param: Tensor, d: Tensor, now: StepNumbers) -> Tensor:
+    """The parameters after a step along d."""
+    return add_product(param * now.retained, -now.lr, d)
 
 
 def update(
@@ -182,7 +182,6 @@ def update(
     hyper: Hyperparameters,
     *,
     fixed_scale: bool = False,
-    factor: Tensor | None = None,
 ) -> tuple[Tensor, CoordinateState, Tensor]:
     """One update of K tensors laid out in vectors of n coordinates.
 
@@ -197,31 +196,43 @@ def update(
         step: t >= 1, the number of this update.
         hyper: what the user sets.
         fixed_scale: see :func:`apply`.
-        factor: what :func:`balance_factor` returns, [n], where the caller has it already.
 
     Returns:
         New parameters, state planes and memory; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
-    sums, square = measure(config, layout, param, grad, state, now)
-    if square is not None and factor is None:
-        factor = balance_factor(config, layout, square)
+    if not config.orthogonal:
+        param, state, memory, _ = update_by_coordinates(
+            weights, config, layout, param, grad, state, memory, step, now, fixed_scale=fixed_scale
+        )
+        return param, state, memory
+    d, state, memory, shares = update_by_coordinates(
+        weights, config, layout, param, grad, state, memory, step, now.for_directions(), fixed_scale=fixed_scale
+    )
+    d = orthogonal.whole(d, layout.shapes, layout.sizes, shares, config.orthogonal_iterations)
+    return stepped(param, d, now), state, memory
+
+
+def update_by_coordinates(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    layout: Layout,
+    param: Tensor,
+    grad: Tensor,
+    state: CoordinateState,
+    memory: Tensor,
+    step: Spread,
+    now: StepNumbers,
+    *,
+    fixed_scale: bool = False,
+) -> tuple[Tensor, CoordinateState, Tensor, Tensor]:
+    """:func:`update` without orthogonalising, and the shares of it, [K], that the head wants."""
+    sums = measure(layout, param, grad, state, now)
     values, memory = coefficients(weights, config, layout, sums, memory, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
     scaled = layout if fixed_scale else None
-    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled, factor=factor)
-    return param, state, memory
-
-
-def balance_factor(config: PolicyConfig, layout: Layout, square: Tensor) -> Tensor | None:
-    """r_i c_j of every coordinate, [n], from the mixture's squares [n]; ``None`` without any rows and columns."""
-    lengths = balance.lengths_of(layout.shapes)
-    if not lengths:
-        return None
-    pieces = zip(square.split(layout.sizes), layout.shapes, strict=True)
-    sums = torch.cat([part for piece, shape in pieces for part in balance.sums_of(piece, shape)])
-    parts = balance.shares(config, sums, lengths).to(square.dtype).split(lengths)
-    return balance.whole_products(parts, layout.shapes, layout.sizes)
+    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled)
+    return param, state, memory, values[ORTHOGONAL]
 
 
 def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> tuple[CoordinateState, Tensor]:

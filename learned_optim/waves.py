@@ -2,6 +2,7 @@
 
 The sums of every tensor (:func:`~learned_optim.update_rule.measure`), the head for many tensors at once
 (:func:`~learned_optim.update_rule.coefficients`), then every coordinate (:func:`~learned_optim.update_rule.apply`).
+Where matrices are orthogonalised their parameters follow after that.
 Sums of a tensor's parts, be they chunks or the shards of several processes, add up between the first two.
 """
 
@@ -16,16 +17,17 @@ import torch
 from torch import Tensor
 
 from learned_optim import update_rule
-from learned_optim.balance import Squares
-from learned_optim.cells import Hyperparameters
+from learned_optim.cells import ORTHOGONAL, Hyperparameters
 from learned_optim.coordinates import Shapes, tensor_shape_context
 from learned_optim.features import TensorSums
+from learned_optim.orthogonal import orthogonalised, rows_and_columns
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.safeguard import guarded
 
 if TYPE_CHECKING:
     from learned_optim.backends import Backend, Unit
     from learned_optim.jobs import Job
+    from learned_optim.sharding import Shards
 
 #: Coordinates copied side by side, or copied because of their strides, before the passes are run over them.
 COPIED = 1 << 19
@@ -180,56 +182,72 @@ def run(backend: Backend, jobs: list[Job]) -> Iterator[Record]:
 
 def _run_wave(head: Head, wave: list[Unit]) -> Record:
     jobs = [job for unit in wave for job in unit.jobs]
-    squares = None
-    if size := Squares.size(head.config, (job.shape for job in jobs)):
-        zeros = torch.zeros(size, dtype=torch.float64, device=jobs[0].param.device)
-        squares = Squares({job.place: job.shape for job in jobs}, jobs, zeros)
-    parts = [unit.measure(squares) for unit in wave]
+    parts = [unit.measure() for unit in wave]
     sums = parts[0] if len(parts) == 1 else TensorSums(*map(torch.cat, zip(*parts, strict=True)))
     values, record = head(jobs, sums)
-    shares = squares and squares.shares(head.config)
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
-        unit.apply(columns, shares)
+        found = unit.apply(columns)
+        for job, share in zip(unit.jobs, columns[ORTHOGONAL].unbind(), strict=True):
+            if job.place in found:
+                d = _matrix(found[job.place], job)
+                _step(job, orthogonalised(d, share.to(d.dtype), head.config.orthogonal_iterations))
     return record
 
 
-def run_shards(
-    backend: Backend,
-    jobs: list[Job],
-    shapes: dict[tuple[int, int], torch.Size],
-    device: torch.device,
-    add_up: Callable[[Tensor], None],
-) -> Iterator[Record]:
+def _matrix(d: Tensor, job: Job) -> Tensor:
+    """A vector of the job's coordinates as rows and columns, in the dtype of the arithmetic."""
+    dtype = torch.promote_types(d.dtype, torch.float32)
+    return d.to(dtype).view(job.param.shape[0], -1)
+
+
+def _step(job: Job, d: Tensor) -> None:
+    """Move the job's parameter along d."""
+    param = job.param.detach()
+    param.copy_(update_rule.stepped(param.to(d.dtype), d.reshape(param.shape), job.moment.numbers))
+
+
+def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Record]:
     """Like :func:`run`, for tensors of which every process holds a part: all are measured before one is updated.
 
-    Units are made a second time where keeping them would copy more than ``COPIED`` coordinates.
+    Units are made a second time where keeping them would copy more than ``COPIED`` coordinates. Sums are added up once,
+    whatever the jobs; where updates are orthogonalised every process then adds up each matrix's and sees it as a whole.
 
     Args:
         backend: makes the units.
         jobs: shards, empty ones among them: their per-tensor numbers are those of the whole tensor all the same.
-        shapes: of the whole parameters that may have a job, the same in all processes and in the same order.
-        device: of the shards.
-        add_up: adds the other processes' sums, a vector in float64, in place. Called once, whatever the jobs.
+        shards: the parameters that may have a job.
     """
-    columns = {place: number for number, place in enumerate(shapes)}
-    of_squares = Squares.size(backend.head.config, shapes.values())
-    of_tensors = len(TensorSums._fields) * len(columns)
-    both = torch.zeros(of_tensors + of_squares, dtype=torch.float64, device=device)
-    sums = both[:of_tensors].view(-1, len(columns))
-    squares = Squares(shapes, jobs, both[of_tensors:]) if of_squares else None
+    columns = {place: number for number, place in enumerate(shards.shapes)}
+    sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=shards.device)
     kept: list[Unit] = []
-    copied, most = 0, limit(COPIED, device)
+    copied, most = 0, limit(COPIED, shards.device)
     for unit, size in backend.units(jobs):
-        sums[:, [columns[job.place] for job in unit.jobs]] = torch.stack(unit.measure(squares))
+        sums[:, [columns[job.place] for job in unit.jobs]] = torch.stack(unit.measure())
         copied += size
         if copied <= most:
             kept.append(unit)
-    add_up(both)
-    if not jobs:
-        return
-    shares = squares and squares.shares(backend.head.config)
-    values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
+    shards.add_up(sums)
     position = {job.place: i for i, job in enumerate(jobs)}
-    for unit in kept if copied <= most else (unit for unit, _ in backend.units(jobs)):
-        unit.apply(values[:, [position[job.place] for job in unit.jobs]], shares)
-    yield record
+    found: dict[tuple[int, int], Tensor] = {}
+    share = sums.new_zeros(len(jobs))
+    if jobs:
+        values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
+        share = values[ORTHOGONAL]
+        for unit in kept if copied <= most else (unit for unit, _ in backend.units(jobs)):
+            found |= unit.apply(values[:, [position[job.place] for job in unit.jobs]])
+        yield record
+    if backend.head.config.orthogonal:
+        for place, shape in shards.shapes.items():
+            if (matrix := rows_and_columns(shape)) is not None:
+                d = torch.zeros(matrix, dtype=shards.dtypes[place], device=shards.device)
+                if place not in found:  # nothing of it is here, or no gradient
+                    shards.add_up(d)
+                    continue
+                job = jobs[position[place]]
+                part = _matrix(found[place], job)
+                (row, column), (rows, width) = job.origin, part.shape
+                here = d[row : row + rows, column : column + width]
+                here.copy_(part)
+                shards.add_up(d)
+                d = orthogonalised(d, share[position[place]].to(d.dtype), backend.head.config.orthogonal_iterations)
+                _step(job, d[row : row + rows, column : column + width])

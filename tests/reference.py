@@ -32,6 +32,14 @@ def dot(row, values):
     return sum(w * x for w, x in zip(row, values, strict=True))
 
 
+def transposed(a):
+    return [list(column) for column in zip(*a, strict=True)]
+
+
+def product(a, b):
+    return [[dot(row, column) for column in transposed(b)] for row in a]
+
+
 class ReferenceTensor:
     """The state of one tensor and its update.
 
@@ -76,8 +84,7 @@ class ReferenceTensor:
             scale *= math.exp(self.pace)
         rates = self.rates(context)
 
-        factors = self.factors(u, b, h1)
-        new_p = []
+        update = []
         for i in range(n):
             x = self.features(b[i], rms(b), h1[i], rms(h1), u[i], rms(u), p[i], rms(p))
             if config.cell == "gated":
@@ -96,32 +103,38 @@ class ReferenceTensor:
                 d = scale * amplitude * (weight_b * b[i] * of_b + weight_u * u[i] * of_u)
             if d * u[i] < 0.0:
                 d *= 1.0 - kappa
-            d *= factors[i]
-            new_p.append(p[i] - lr * weight_decay * p[i] - lr * d)
-        return new_p
+            update.append(d)
+        update = self.orthogonalised(update, self.share(context))
+        return [p[i] - lr * weight_decay * p[i] - lr * update[i] for i in range(n)]
 
-    def factors(self, u, b, h1):
-        """By what each coordinate's step is multiplied to balance rows and columns."""
-        config, n = self.config, len(u)
+    def share(self, context):
+        """How much of the update is orthogonalised."""
+        share = self.config.orthogonal
+        if share in (0.0, 1.0):
+            return share
+        bound = self.config.head_bound
+        said = bound * math.tanh(dot(self.weights["head"][-1], context) / bound)
+        return sigmoid(math.log(share / (1.0 - share)) + said)
+
+    def orthogonalised(self, d, share):
         rows = self.shape[0] if len(self.shape) >= 2 else 1
-        if not config.balance or rows < 2 or n // rows < 2:
-            return [1.0] * n
-        columns = n // rows
-        weight_h = config.hidden_weights[0] if config.hidden_weights else 0.0
-        e = [config.momentum_weight * b[i] + config.gradient_weight * u[i] + weight_h * h1[i] for i in range(n)]
-        of_row = [sum(e[i * columns + j] ** 2 for j in range(columns)) for i in range(rows)]
-        of_column = [sum(e[i * columns + j] ** 2 for i in range(rows)) for j in range(columns)]
-
-        def shares(sums):
-            mean = sum(sums) / len(sums)
-            x = [s / mean if mean > 0.0 else 1.0 for s in sums]
-            y = [((value + config.balance_floor) / (1.0 + config.balance_floor)) ** -config.balance for value in x]
-            scale = math.sqrt(sum(a * b**2 for a, b in zip(x, y, strict=True)) / len(x))
-            return [value / scale for value in y]
-
-        r, c = shares(of_row), shares(of_column)
-        bound = config.balance_bound
-        return [clamp(r[i // columns] * c[i % columns], 1.0 / bound, bound) for i in range(n)]
+        length = math.sqrt(sum(x * x for x in d))
+        if share == 0.0 or rows < 2 or len(d) // rows < 2 or length == 0.0:
+            return d
+        columns = len(d) // rows
+        matrix = [[d[i * columns + j] / length for j in range(columns)] for i in range(rows)]
+        for _ in range(self.config.orthogonal_iterations):
+            square = product(matrix, transposed(matrix))
+            once, twice = product(square, matrix), product(square, product(square, matrix))
+            matrix = [
+                [3.4445 * x - 4.775 * y + 2.0315 * z for x, y, z in zip(*lines, strict=True)]
+                for lines in zip(matrix, once, twice, strict=True)
+            ]
+        o = [x for line in matrix for x in line]
+        of_o = math.sqrt(sum(x * x for x in o))
+        mixed = [(1.0 - share) * x + share * y * length / of_o for x, y in zip(d, o, strict=True)]
+        of_mixed = math.sqrt(sum(x * x for x in mixed))
+        return [x * length / of_mixed for x in mixed]
 
     def context(self, p, u, b, r, h1):
         """The 13 inputs of the tensor head."""
@@ -159,7 +172,10 @@ class ReferenceTensor:
         """Step scale, weights of b and u, kappa, weights of the hidden units."""
         config = self.config
         logs = [config.head_bound * math.tanh(dot(row, context) / config.head_bound) for row in self.weights["head"]]
-        weight_h = [w * math.exp(l) for w, l in zip(config.hidden_weights, logs[4:], strict=True)]
+        weight_h = [
+            w * math.exp(l)
+            for w, l in zip(config.hidden_weights, logs[4 : 4 + len(config.hidden_weights)], strict=True)
+        ]
         if config.agreement in (0.0, 1.0):
             kappa = config.agreement
         else:

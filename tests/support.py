@@ -23,9 +23,7 @@ POLICIES = {
     "base": Policy(),
     "random": random_policy(),
     "gru": random_policy(PolicyConfig.gru()),
-    "balanced": random_policy(
-        PolicyConfig(balance=0.5, balance_floor=0.1, balance_bound=2.0, pace_gain=0.2, pace_growth=0.1)
-    ),
+    "orthogonal": random_policy(PolicyConfig(orthogonal=0.7, pace_gain=0.2, pace_growth=0.1)),
 }
 
 

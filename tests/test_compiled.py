@@ -28,13 +28,12 @@ from support import (
 from test_jobs import CHANGES, assert_a_step_goes_by_what_is_there_now, data_of_another_dtype
 
 from learned_optim import LearnedOptimizer, PolicyConfig, choice, compiled, kernels, waves
-from learned_optim.compiled import PART
 
 pytestmark = pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="needs a C++ compiler")
 
 W = kernels.WIDTH
-#: With and without balancing of rows and columns, which are kernels of their own.
-BOTH = ("random", "balanced")
+#: With and without matrices that are orthogonalised.
+BOTH = ("random", "orthogonal")
 #: 0-d, empty, tiny, a whole row, rows and a rest, several dimensions.
 SHAPES = [(), (0,), (3,), (W,), (2 * W,), (W + 7,), (3 * W + 5,), (40, 130), (8, 3, 3, 3), (64, 128)]
 
@@ -96,9 +95,9 @@ def test_compiled_and_eager_agree_on_tensors_with_other_strides(layout, policy):
 
 
 @pytest.mark.parametrize("policy", BOTH)
-def test_compiled_and_eager_agree_on_matrices_of_many_parts(policy):
-    """More rows of the kernels than are run at once where rows and columns are balanced, and one row left over."""
-    plain = leaves((3, (2 * PART * W + W) // 3 + 1), (1000, 777))
+def test_compiled_and_eager_agree_on_large_matrices(policy):
+    """Wide and tall ones, some larger than what is copied at once, beside vectors."""
+    plain = leaves((3, waves.COPIED // 2), (1000, 777), (5_000,), (130, 40))
     params = copies(plain)
     for optimizer, ps in ((make(plain, policy), plain), (compile_(params, policy), params)):
         run(optimizer, ps, 2)

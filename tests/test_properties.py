@@ -148,12 +148,12 @@ def test_with_the_default_eps_the_scale_of_the_loss_hardly_matters(policy, seed,
 
 @given(policies, seeds)
 def test_permuting_coordinates_permutes_the_update(policy, seed):
-    """Any coordinates; where rows and columns are balanced, whole rows and, at each place in them, what follows."""
+    """Any coordinates; of what is orthogonalised, whole rows and, at each place in them, what follows."""
     starts, grads = problem(seed, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
 
     def order_of(t):
-        if policy != "balanced" or t.ndim < 2:
+        if policy != "orthogonal" or t.ndim < 2:
             return torch.randperm(t.numel(), generator=generator)
         rows = torch.randperm(t.shape[0], generator=generator)
         columns = torch.randperm(t[0].numel(), generator=generator)

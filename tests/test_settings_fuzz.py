@@ -106,16 +106,22 @@ def test_a_configuration_that_is_accepted_makes_a_policy(changed):
     assert Policy(config).weights()
 
 
-def test_configurations_of_earlier_formats_have_no_pace_and_in_the_first_no_balancing():
-    second = {k: v for k, v in PolicyConfig(balance=0.5).to_dict().items() if not k.startswith("pace")}
-    assert PolicyConfig.from_dict({**second, "format_version": 2}) == PolicyConfig(
-        balance=0.5, pace_gain=0.0, pace_rate=0.0
-    )
+BALANCE = {"balance": 0.0, "balance_floor": 0.3, "balance_bound": 8.0}
+
+
+def test_configurations_of_earlier_formats_say_the_same_in_this_one():
+    third = {k: v for k, v in PolicyConfig(pace_gain=0.1).to_dict().items() if not k.startswith("orthogonal")} | BALANCE
+    assert PolicyConfig.from_dict({**third, "format_version": 3}) == PolicyConfig(pace_gain=0.1)
+    second = {k: v for k, v in third.items() if not k.startswith("pace")}
+    without = PolicyConfig(pace_gain=0.0, pace_rate=0.0)
+    assert PolicyConfig.from_dict({**second, "format_version": 2}) == without
     first = {k: v for k, v in second.items() if not k.startswith("balance")}
-    assert PolicyConfig.from_dict({**first, "format_version": 1}) == PolicyConfig(
-        balance=0.0, pace_gain=0.0, pace_rate=0.0
-    )
-    with pytest.raises(ValueError, match=r"missing keys .*balance"):
-        PolicyConfig.from_dict(first)
+    assert PolicyConfig.from_dict({**first, "format_version": 1}) == without
+    with pytest.raises(ValueError, match=r"unknown keys .*balance"):
+        PolicyConfig.from_dict({**second, "format_version": 1})
+    with pytest.raises(ValueError, match=r"missing keys .*pace"):
+        PolicyConfig.from_dict({**second, "format_version": 4})
+    with pytest.raises(ValueError, match=r"rows and columns are balanced"):
+        PolicyConfig.from_dict({**third, "balance": 0.5, "format_version": 3})
     with pytest.raises(ValueError, match=r"'format_version' must hold int, found True"):
         PolicyConfig.from_dict({**PolicyConfig().to_dict(), "format_version": True})

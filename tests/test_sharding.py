@@ -78,10 +78,11 @@ def assert_as_in_one_process(ranks, placements, all_reduces=STEPS, run=in_two_pr
     assert (first[2], second[2]) == (all_reduces, all_reduces)
 
 
-@pytest.mark.parametrize("policy", ["random", "balanced"])
+#: ``matrices``: of the shapes, whose updates are added up one by one.
+@pytest.mark.parametrize(("policy", "matrices"), [("random", 0), ("orthogonal", 5)])
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
-def test_shards_uneven_and_empty_ones_among_them_get_the_update_of_the_whole(ranks, backend, policy):
-    assert_as_in_one_process(ranks, [Shard(0)], backend=backend, policy=policy)
+def test_shards_uneven_and_empty_ones_among_them_get_the_update_of_the_whole(ranks, backend, policy, matrices):
+    assert_as_in_one_process(ranks, [Shard(0)], STEPS * (1 + matrices), backend=backend, policy=policy)
 
 
 def test_one_all_reduce_serves_all_groups(ranks):
@@ -97,10 +98,11 @@ def test_state_of_two_bytes_is_sharded_too(ranks):
     )  # a rounding may go the other way
 
 
-@pytest.mark.parametrize("policy", ["random", "balanced"])
-def test_tensors_cut_by_columns_and_ordinary_ones_beside_them(ranks, policy):
+@pytest.mark.parametrize(("policy", "matrices"), [("random", 0), ("orthogonal", 3)])
+def test_tensors_cut_by_columns_and_ordinary_ones_beside_them(ranks, policy, matrices):
     shapes = [(7, 5), (3,), (4, 3), (200, 301), (6, 1), (4, 5, 3)]
-    assert_as_in_one_process(ranks, [Shard(1)], where={"shapes": shapes, "plain": 2}, policy=policy)
+    where = {"shapes": shapes, "plain": 2}
+    assert_as_in_one_process(ranks, [Shard(1)], STEPS * (1 + matrices), where=where, policy=policy)
 
 
 @pytest.mark.parametrize(

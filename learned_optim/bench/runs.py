@@ -27,7 +27,7 @@ FORMAT = 1
 #: Batches that BatchNorm's averages are taken over again where weights other than the trained ones are evaluated.
 CALIBRATION = 20
 
-_RULE = ("update_rule", "cells", "features", "coordinates", "balance", "clamps", "policy", "backends", "compiled",
+_RULE = ("update_rule", "cells", "features", "coordinates", "orthogonal", "clamps", "policy", "backends", "compiled",
          "kernels", "jobs", "waves", "rounding", "optimizer")  # fmt: skip
 
 

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.balance import squared_mixture
-from learned_optim.cells import CoordinateState, Hyperparameters, step_numbers
+from learned_optim.cells import CoordinateState, Hyperparameters, StepNumbers, step_numbers
 from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.problem import ROW
+from learned_optim.orthogonal import whole
 from learned_optim.policy import PolicyConfig
-from learned_optim.update_rule import balance_factor, directions, update
+from learned_optim.update_rule import stepped, update_by_coordinates
 
 #: See :class:`PaddedRows`.
 TENSORS = 64
@@ -76,21 +76,25 @@ def compiled_update(
         planes = [t if i in constants else _tracked(t) for i, t in enumerate(planes)]
         memory = _tracked(memory)
     owner = layout.owner[::ROW].contiguous()
-    factor = _factor(config, layout, planes, step, hyper)
-    for t in (*planes, *factor, owner, layout.numel):
+    for t in (*planes, owner, layout.numel):
         torch._dynamo.maybe_mark_dynamic(t, 0)
     for t in (memory, layout.shape_context):
         torch._dynamo.maybe_mark_dynamic(t, 1)
+    now = step_numbers(step, hyper)
     # Numbers would be compiled in.
-    numbers = [torch.tensor(float(x), dtype=torch.float64) for x in (step, *hyper)]
+    written = now.for_directions() if config.orthogonal else now
+    numbers = [torch.tensor(float(x), dtype=torch.float64) for x in (step, *written)]
     run = _compiled(config, fixed_scale)
     names, values = tuple(weights), tuple(weights.values())
     shapes = layout.numel, layout.shape_context
     with warnings.catch_warnings():
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        (param, m, v, *hidden), memory = run(names, values, planes, memory, owner, *shapes, numbers, factor)
-    return param, CoordinateState(m, v, tuple(hidden)), memory
+        (found, m, v, *hidden), memory, shares = run(names, values, planes, memory, owner, *shapes, numbers)
+    if config.orthogonal:
+        found = whole(found, layout.shapes, layout.sizes, shares, config.orthogonal_iterations)
+        found = stepped(param, found, now)
+    return found, CoordinateState(m, v, tuple(hidden)), memory
 
 
 class PaddedRows(NamedTuple):
@@ -129,20 +133,22 @@ def compiled_side_by_side(
     K; layout, step and hyperparameters are those of all runs.
     """
     planes = [param, grad, state.exp_avg, state.exp_avg_sq, *state.hidden]
-    factor: list[Tensor] = []
-    if config.balance:
-
-        def of_one_run(*planes: Tensor) -> Tensor:
-            return _factor(config, layout.segments, list(planes), step, hyper)[0]
-
-        factor = [torch.vmap(of_one_run)(*planes)]
-    for t in (*planes, *factor):
+    for t in planes:
         torch._dynamo.maybe_mark_dynamic(t, 1)
     torch._dynamo.maybe_mark_dynamic(layout.owner, 0)
-    numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *hyper)]
+    now = step_numbers(step, hyper)
+    written = now.for_directions() if config.orthogonal else now
+    numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *written)]
     run = _compiled_side_by_side(config)
-    (param, m, v, *hidden), memory = run(dict(weights), planes, memory, *layout[1:], numbers, factor)
-    return param, CoordinateState(m, v, tuple(hidden)), memory
+    (found, m, v, *hidden), memory, shares = run(dict(weights), planes, memory, *layout[1:], numbers)
+    if config.orthogonal:
+        shapes, sizes = layout.segments.shapes, layout.segments.sizes
+
+        def of_one_run(d: Tensor, share: Tensor) -> Tensor:
+            return whole(d, shapes, sizes, share[: len(shapes)], config.orthogonal_iterations)
+
+        found = stepped(param, torch.vmap(of_one_run)(found, shares), now)
+    return found, CoordinateState(m, v, tuple(hidden)), memory
 
 
 @lru_cache(maxsize=256)
@@ -153,28 +159,14 @@ def _number(value: float, device: torch.device) -> Tensor:
 @cache
 def _compiled_side_by_side(config: PolicyConfig) -> Callable[..., Any]:
     def run(weights: dict, planes: list, memory: Tensor, owner: Tensor, numel: Tensor, context: Tensor,
-            numbers: list, factor: list) -> Any:  # fmt: skip
-        def one(weights: dict, planes: list, memory: Tensor, factor: list) -> Any:
+            numbers: list) -> Any:  # fmt: skip
+        def one(weights: dict, planes: list, memory: Tensor) -> Any:
             named = tuple(weights), tuple(weights.values())
-            return _on_rows(config, False, *named, planes, memory, owner, numel, context, numbers, factor)
+            return _on_rows(config, False, *named, planes, memory, owner, numel, context, numbers)
 
-        return torch.vmap(one)(weights, planes, memory, factor)
+        return torch.vmap(one)(weights, planes, memory)
 
     return torch.compile(run, fullgraph=True)
-
-
-def _factor(
-    config: PolicyConfig, layout: Segments, planes: list[Tensor], step: Spread, hyper: Hyperparameters
-) -> list[Tensor]:
-    """What balances rows and columns, where any are; not compiled, since it depends on every tensor's shape."""
-    if not config.balance:
-        return []
-    _, grad, m, v, h, *_ = planes
-    _, _, u, b, _ = directions(grad, CoordinateState(m, v, (h,)), step_numbers(step, hyper))
-    factor = balance_factor(config, layout, squared_mixture(config, u, b, h))
-    if factor is None:
-        factor = torch.ones_like(grad)
-    return [_tracked(factor) if torch.is_grad_enabled() else factor]
 
 
 def _tracked(t: Tensor) -> Tensor:
@@ -197,15 +189,14 @@ def _on_rows(
     numel: Tensor,
     shape_context: Tensor,
     numbers: list[Tensor],
-    factor: list[Tensor],
-) -> tuple[list[Tensor], Tensor]:
+) -> tuple[list[Tensor], Tensor, Tensor]:
     param, grad, m, v, *hidden = (t.view(-1, ROW) for t in planes)
-    step, *hyper = numbers
+    step, *now = numbers
     layout: Any = _RowSegments(owner, numel, shape_context)
-    param, state, memory = update(
+    param, state, memory, shares = update_by_coordinates(
         dict(zip(names, values, strict=True)), config, layout, param, grad, CoordinateState(m, v, tuple(hidden)),
-        memory, step, Hyperparameters(*hyper), fixed_scale=fixed_scale,
-        factor=factor[0].view(-1, ROW) if factor else None,
+        memory, step, StepNumbers(*now), fixed_scale=fixed_scale,
     )  # fmt: skip
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
-    return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], memory
+    planes = [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)]
+    return planes, memory, shares.clone()

@@ -45,7 +45,7 @@ def test_each_run_is_what_it_is_alone(name):
     assert not torch.equal(together[0], together[1])
 
 
-@pytest.mark.parametrize("policy", ["gru", "balanced"])
+@pytest.mark.parametrize("policy", ["gru", "orthogonal"])
 def test_other_rules_run_side_by_side_too(policy):
     policies = [POLICIES[policy], with_weights(POLICIES[policy], POLICIES[policy].weights())]
     together, alone = both_ways(FAMILIES["mlp_images"].task(0), policies)
@@ -53,7 +53,7 @@ def test_other_rules_run_side_by_side_too(policy):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig(balance=0.25)])
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig(orthogonal=1.0)])
 def test_the_compiled_rule_does_the_same_for_tasks_of_every_shape(config):
     policies = [random_policy(config, seed=seed, std=0.05) for seed in range(3)]
     for name in ("tiny_mlp", "vit_images", "gru_char"):

@@ -13,7 +13,7 @@ from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.tasks import FAMILIES
 from learned_optim.update_rule import initial_state, update
 
-BALANCED = POLICIES["balanced"].config
+ORTHOGONAL = POLICIES["orthogonal"].config
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
 
 
@@ -69,7 +69,7 @@ def assert_unroll_equals_steps(task, steps, lockstep, dtype=torch.float32, toler
         torch.testing.assert_close(value, buffers[name], rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("config", [None, BALANCED], ids=["gated", "balanced"])
+@pytest.mark.parametrize("config", [None, ORTHOGONAL], ids=["gated", "orthogonal"])
 @pytest.mark.parametrize("module", [None, Tied, normalised], ids=["plain", "tied", "batchnorm"])
 def test_unrolled_steps_are_the_optimizers_steps(module, config):
     assert_unroll_equals_steps(regression(torch.float64, module), 10, False, torch.float64, 1e-6, config)
@@ -90,7 +90,7 @@ def meta_gradient(policy, task, options, steps=7, loss=lambda losses: losses.log
     return value.detach(), dict(zip(weights, grads, strict=True))
 
 
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), BALANCED], ids=["gated", "gru", "balanced"])
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), ORTHOGONAL], ids=["gated", "gru", "orthogonal"])
 @pytest.mark.parametrize(
     ("module", "held_out"), [(None, False), (None, True), (Tied, False), (Tied, True), (normalised, False)]
 )
@@ -139,7 +139,7 @@ def slow_first_order(policy, task, steps=7):
     return value.detach(), dict(zip(weights, grads, strict=True))
 
 
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), BALANCED], ids=["gated", "gru", "balanced"])
+@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig.gru(), ORTHOGONAL], ids=["gated", "gru", "orthogonal"])
 @pytest.mark.parametrize("module", [None, Tied, normalised], ids=["plain", "tied", "batchnorm"])
 def test_first_order_meta_gradients_equal_a_slow_implementation(config, module):
     policy, task = policy_of(config), regression(torch.float64, module=module)
