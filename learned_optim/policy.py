@@ -80,7 +80,7 @@ class PolicyConfig:
         pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
             turn against each other whatever the step size: what they add up to in a long run must stay harmless.
         orthogonal: how much of a matrix's update is orthogonalised, see :mod:`learned_optim.orthogonal`, in [0, 1]; 0
-            does without. Between 0 and 1 the head, which then has one more output, changes the odds of it.
+            does without, which saves matrix products.
         orthogonal_iterations: of Newton and Schulz; each costs six times the coordinates times the smaller side.
         feature_bound: features are clamped to [-feature_bound, feature_bound].
         cosine_decays: decays of the fast and the slow average of the cosine between gradient and momentum.
@@ -216,11 +216,8 @@ class PolicyConfig:
 
     @property
     def num_outputs(self) -> int:
-        """Outputs of the tensor head: step scale, two mixture weights, agreement, one weight per hidden unit.
-
-        And what changes the odds of orthogonalising, where they can be changed.
-        """
-        return 4 + len(self.hidden_weights) + (0.0 < self.orthogonal < 1.0)
+        """Outputs of the tensor head: step scale, two mixture weights, agreement, one weight per hidden unit."""
+        return 4 + len(self.hidden_weights)
 
 
 def _of_this_format(values: Mapping[str, Any], version: int) -> dict[str, Any]:

@@ -96,16 +96,12 @@ def coefficients(
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
     scale = config.step_scale * (log_factor[:1] + pace).exp()
     base = constant_column((config.momentum_weight, config.gradient_weight, *config.hidden_weights), context)
-    mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4 : 4 + len(config.hidden_weights)])).exp()
+    mixture = scale * base * torch.cat((log_factor[1:3], log_factor[4:])).exp()
     odds = config.agreement * log_factor[3:4].exp()
     disagreeing = 1.0 - odds / (1.0 - config.agreement + odds)
-    share = torch.full_like(scale, config.orthogonal)
-    if 0.0 < config.orthogonal < 1.0:
-        odds = config.orthogonal * log_factor[-1:].exp()
-        share = odds / (1.0 - config.orthogonal + odds)
 
     inverse = 1.0 / torch.stack((stats.rms_b, stats.rms_h, stats.rms_u, stats.rms_p)).clamp(min=1e-20)
-    rows = [mixture[:2], disagreeing, inverse, share, mixture[2:]]
+    rows = [mixture[:2], disagreeing, inverse, torch.full_like(scale, config.orthogonal), mixture[2:]]
     if config.cell == "gated":
         growing = [k / (step + k - 1.0) for k in config.windows]
         shift = bounded_ratio(_per_column(weights["gate_context"], context), config.gate_bound)

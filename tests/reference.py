@@ -104,17 +104,8 @@ class ReferenceTensor:
             if d * u[i] < 0.0:
                 d *= 1.0 - kappa
             update.append(d)
-        update = self.orthogonalised(update, self.share(context))
+        update = self.orthogonalised(update, config.orthogonal)
         return [p[i] - lr * weight_decay * p[i] - lr * update[i] for i in range(n)]
-
-    def share(self, context):
-        """How much of the update is orthogonalised."""
-        share = self.config.orthogonal
-        if share in (0.0, 1.0):
-            return share
-        bound = self.config.head_bound
-        said = bound * math.tanh(dot(self.weights["head"][-1], context) / bound)
-        return sigmoid(math.log(share / (1.0 - share)) + said)
 
     def orthogonalised(self, d, share):
         rows = self.shape[0] if len(self.shape) >= 2 else 1
@@ -172,10 +163,7 @@ class ReferenceTensor:
         """Step scale, weights of b and u, kappa, weights of the hidden units."""
         config = self.config
         logs = [config.head_bound * math.tanh(dot(row, context) / config.head_bound) for row in self.weights["head"]]
-        weight_h = [
-            w * math.exp(l)
-            for w, l in zip(config.hidden_weights, logs[4 : 4 + len(config.hidden_weights)], strict=True)
-        ]
+        weight_h = [w * math.exp(l) for w, l in zip(config.hidden_weights, logs[4:], strict=True)]
         if config.agreement in (0.0, 1.0):
             kappa = config.agreement
         else:

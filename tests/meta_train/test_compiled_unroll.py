@@ -50,7 +50,9 @@ def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
         state, losses, grads = meta_gradient(policy, width, compiled=True, lr=lr)
         torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
         # Orthogonalising makes what is small forty times as large, rounding errors too.
-        torch.testing.assert_close(state.params, expected_state.params, rtol=1e-4, atol=4e-4 if config.orthogonal else 1e-5)
+        torch.testing.assert_close(
+            state.params, expected_state.params, rtol=1e-4, atol=4e-4 if config.orthogonal else 1e-5
+        )
         for found, wanted in zip(grads, expected_grads, strict=True):
             # Relative to the largest entry: single precision, and many entries are sums that nearly cancel.
             torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=1e-3)
