@@ -160,6 +160,7 @@ def architecture(policy: Policy) -> list[str]:
         f"- cell: {config.cell}, {config.hidden_size} hidden numbers per coordinate, beside Adam's two moments",
         f"- meta-parameters: {count}" + ("" if trained else ", all of them zero: the rule is its base mixture"),
         f"- base mixture: {config.step_scale:g}·lr·({start}), agreement {config.agreement:g}",
+        *([f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations"] if config.orthogonal else []),
         f"- decays {config.betas[0]:g} and {config.betas[1]:g}, eps {config.eps:g}",
         f"- fingerprint: `{policy.fingerprint()}`, format {config.format_version}",
     ]

@@ -4,7 +4,7 @@ With d the update of a matrix [rows, columns], U S V^T its singular value decomp
 squares:
 
     o  = about U V^T, all singular values near 1                        by a few iterations of Newton and Schulz
-    e  = d + w (o |d| / |o| - d)                                        w: how much of it is done, from the tensor head
+    e  = d + w (o |d| / |o| - d)                                        w: how much of it is done
     d' = e |d| / |e|                                                    as long as d
 
 Rows are outputs, columns all that is connected to one output (torch's convention); vectors and numbers are left alone.
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.coordinates import Spread
+from learned_optim.policy import PolicyConfig
 
 #: a, b, c of X <- a X + (b A + c A^2) X, A = X X^T: the slope at 0, and with it the speed, is as large as it may be.
 _ITERATION = (3.4445, -4.7750, 2.0315)
@@ -67,22 +68,22 @@ def _length(x: Tensor, least: float) -> Tensor:
     return x.square().sum().clamp(min=least * least).sqrt()
 
 
-def whole(d: Tensor, shapes: Sequence[Sequence[int]], sizes: Sequence[int], shares: Tensor, iterations: int) -> Tensor:
+def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
     """d' of whole tensors side by side in a vector, each padded to its size.
 
     Args:
+        config: says how much, and how often.
         d: [n].
-        shapes: of the K tensors.
+        shapes: of the tensors.
         sizes: coordinates of each in the vector, padding included.
-        shares: [K].
-        iterations: see :func:`orthogonalised`.
     """
     pieces: list[Tensor] = []
-    for piece, shape, share in zip(d.split(list(sizes)), shapes, shares.to(d.dtype).unbind(), strict=True):
+    for piece, shape in zip(d.split(list(sizes)), shapes, strict=True):
         matrix = rows_and_columns(shape)
         if matrix is None:
             pieces.append(piece)
             continue
         numel = math.prod(shape)
-        pieces += [orthogonalised(piece[:numel].view(matrix), share, iterations).reshape(-1), piece[numel:]]
+        moved = orthogonalised(piece[:numel].view(matrix), config.orthogonal, config.orthogonal_iterations)
+        pieces += [moved.reshape(-1), piece[numel:]]
     return torch.cat(pieces)

@@ -32,7 +32,6 @@ from torch import Tensor
 from learned_optim import orthogonal
 from learned_optim.cells import (
     FIRST_HIDDEN,
-    ORTHOGONAL,
     Coefficients,
     CoordinateState,
     Hyperparameters,
@@ -197,16 +196,13 @@ def update(
         New parameters, state planes and memory; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
-    if not config.orthogonal:
-        param, state, memory, _ = update_by_coordinates(
-            weights, config, layout, param, grad, state, memory, step, now, fixed_scale=fixed_scale
-        )
-        return param, state, memory
-    d, state, memory, shares = update_by_coordinates(
-        weights, config, layout, param, grad, state, memory, step, now.for_directions(), fixed_scale=fixed_scale
+    written = now.for_directions() if config.orthogonal else now
+    found, state, memory = update_by_coordinates(
+        weights, config, layout, param, grad, state, memory, step, written, fixed_scale=fixed_scale
     )
-    d = orthogonal.whole(d, layout.shapes, layout.sizes, shares, config.orthogonal_iterations)
-    return stepped(param, d, now), state, memory
+    if config.orthogonal:
+        found = stepped(param, orthogonal.whole(config, found, layout.shapes, layout.sizes), now)
+    return found, state, memory
 
 
 def update_by_coordinates(
@@ -221,14 +217,14 @@ def update_by_coordinates(
     now: StepNumbers,
     *,
     fixed_scale: bool = False,
-) -> tuple[Tensor, CoordinateState, Tensor, Tensor]:
-    """:func:`update` without orthogonalising, and the shares of it, [K], that the head wants."""
+) -> tuple[Tensor, CoordinateState, Tensor]:
+    """:func:`update` without orthogonalising."""
     sums = measure(layout, param, grad, state, now)
     values, memory = coefficients(weights, config, layout, sums, memory, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
     scaled = layout if fixed_scale else None
     param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled)
-    return param, state, memory, values[ORTHOGONAL]
+    return param, state, memory
 
 
 def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> tuple[CoordinateState, Tensor]:

@@ -7,9 +7,6 @@ import torch
 from support import POLICIES, assert_same_bits, assert_same_state, copies, give_gradients, leaves, make, regression
 from torch._dynamo.utils import counters
 
-# Importing torch's own compiler warns about torch's own code.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
-
 
 @pytest.fixture(autouse=True)
 def _fresh_dynamo():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 from support import assert_same_bits, assert_same_state, make, regression, train
 from torch import nn
@@ -90,7 +89,6 @@ def test_an_exponential_average_of_the_model_changes_nothing_and_resumes():
     assert loss().item() < before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
 def test_a_compiled_model_is_trained_as_the_plain_one():
     model, _ = regression()
     plain, _ = regression()

@@ -9,6 +9,7 @@ mixture alone               all weights zero: the base mixture of the configurat
 + learned gates             those and the gates (or those and the GRU, for ``cell="gru"``)
 + amplitude                 all weights: the policy itself
 without pace                the policy, the pace of every tensor held at 1
+without orthogonalising     the policy, matrices moving as the mixture says
 hidden state reset          the policy, its hidden state zeroed before every step
 hidden state without        the policy, with averages over one step: the hidden state is the present gradient,
 memory                      normalised
@@ -22,7 +23,7 @@ None is trained again: parts that were learned together may rely on each other.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -92,6 +93,8 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     if config.pace_gain or config.pace_rate:
         rest = {name: w for name, w in policy.weights().items() if name != "pace"}
         rows.append(Ablation("without pace", _with(policy, rest, pace_gain=0.0, pace_rate=0.0)))
+    if config.orthogonal:
+        rows.append(Ablation("without orthogonalising", _with(policy, policy.weights(), orthogonal=0.0)))
     rows.append(Ablation("hidden state reset", policy, "reset"))
     notes = []
     if gated:
@@ -109,7 +112,7 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     return rows, notes
 
 
-def _with(policy: Policy, weights: dict[str, torch.Tensor], **changes: Any) -> Policy:
+def _with(policy: Policy, weights: Mapping[str, torch.Tensor], **changes: Any) -> Policy:
     other = Policy(dataclasses.replace(policy.config, **changes), generator=torch.Generator(), source=policy.source)
     other.load_state_dict({name: w.detach().clone() for name, w in weights.items()})
     return other

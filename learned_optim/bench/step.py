@@ -24,6 +24,8 @@ from learned_optim.bench.config import StepBenchConfig
 from learned_optim.optimizer import LearnedOptimizer
 
 REFERENCE = "AdamW"
+#: The bundled default, whose matrices are orthogonalised; the other rows of ours are the bundled ``elementwise``.
+ORTHOGONAL = "ours, default"
 Progress = Callable[[str], None]
 
 
@@ -92,8 +94,9 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         "AdamW (foreach)": lambda ps: torch.optim.AdamW(ps, foreach=True),
         "AdamW (fused)": lambda ps: torch.optim.AdamW(ps, fused=True),
     }
-    # Muon's matrix products grow with the third power of a matrix's side: minutes for the largest.
-    if hasattr(torch.optim, "Muon") and any(p.ndim == 2 for p in params) and max(p.numel() for p in params) <= 1 << 22:
+    # Matrix products grow with the third power of a matrix's side: minutes for the largest.
+    products = any(p.ndim == 2 for p in params) and max(p.numel() for p in params) <= 1 << 22
+    if hasattr(torch.optim, "Muon") and products:
         found["Muon"] = _muon
     try:
         from schedulefree import AdamWScheduleFree
@@ -101,10 +104,17 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         found["schedule-free AdamW"] = AdamWScheduleFree
     except ImportError:
         pass
-    found["ours, eager"] = lambda ps: LearnedOptimizer(ps, backend="eager")
-    found["ours, compiled"] = lambda ps: LearnedOptimizer(ps, backend="compiled")
-    found["ours, safeguard"] = lambda ps: LearnedOptimizer(ps, backend="compiled", safeguard=True)
-    found["ours, bfloat16 state"] = lambda ps: LearnedOptimizer(ps, backend="compiled", state_dtype=torch.bfloat16)
+    if products:
+        found[ORTHOGONAL] = lambda ps: LearnedOptimizer(ps, backend="compiled")
+    rest: dict[str, dict[str, Any]] = {
+        "eager": {"backend": "eager"},
+        "compiled": {},
+        "safeguard": {"safeguard": True},
+        "bfloat16 state": {"state_dtype": torch.bfloat16},
+    }
+    for name, options in rest.items():
+        options = {"policy": "elementwise", "backend": "compiled", **options}
+        found[f"ours, {name}"] = lambda ps, options=options: LearnedOptimizer(ps, **options)
     return found
 
 
@@ -184,7 +194,7 @@ def training_steps(
     device: str = "cpu",
     batch: int = 8,
     length: int = 256,
-    names: Sequence[str] = (REFERENCE, "ours, compiled"),
+    names: Sequence[str] = (REFERENCE, ORTHOGONAL, "ours, compiled"),
 ) -> dict[str, Any]:
     """Whole training steps of the GPT: zero_grad, forward, backward, step.
 
@@ -306,8 +316,8 @@ def table(result: dict[str, Any]) -> str:
 
 
 _VARIANTS = ("ours, safeguard", "ours, bfloat16 state")
-_COLOURS = {"ours, compiled": "#D55E00", "ours, eager": "#E69F00", "ours, safeguard": "#000000",
-            "ours, bfloat16 state": "#CC79A7"}  # fmt: skip
+_COLOURS = {"ours, default": "#0072B2", "ours, compiled": "#D55E00", "ours, eager": "#E69F00",
+            "ours, safeguard": "#000000", "ours, bfloat16 state": "#CC79A7"}  # fmt: skip
 
 
 def draw(result: dict[str, Any], path: Path) -> Path | None:

@@ -90,10 +90,9 @@ def compiled_update(
     with warnings.catch_warnings():
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        (found, m, v, *hidden), memory, shares = run(names, values, planes, memory, owner, *shapes, numbers)
+        (found, m, v, *hidden), memory = run(names, values, planes, memory, owner, *shapes, numbers)
     if config.orthogonal:
-        found = whole(found, layout.shapes, layout.sizes, shares, config.orthogonal_iterations)
-        found = stepped(param, found, now)
+        found = stepped(param, whole(config, found, layout.shapes, layout.sizes), now)
     return found, CoordinateState(m, v, tuple(hidden)), memory
 
 
@@ -140,14 +139,13 @@ def compiled_side_by_side(
     written = now.for_directions() if config.orthogonal else now
     numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *written)]
     run = _compiled_side_by_side(config)
-    (found, m, v, *hidden), memory, shares = run(dict(weights), planes, memory, *layout[1:], numbers)
+    (found, m, v, *hidden), memory = run(dict(weights), planes, memory, *layout[1:], numbers)
     if config.orthogonal:
-        shapes, sizes = layout.segments.shapes, layout.segments.sizes
 
-        def of_one_run(d: Tensor, share: Tensor) -> Tensor:
-            return whole(d, shapes, sizes, share[: len(shapes)], config.orthogonal_iterations)
+        def of_one_run(d: Tensor) -> Tensor:
+            return whole(config, d, layout.segments.shapes, layout.segments.sizes)
 
-        found = stepped(param, torch.vmap(of_one_run)(found, shares), now)
+        found = stepped(param, torch.vmap(of_one_run)(found), now)
     return found, CoordinateState(m, v, tuple(hidden)), memory
 
 
@@ -189,14 +187,13 @@ def _on_rows(
     numel: Tensor,
     shape_context: Tensor,
     numbers: list[Tensor],
-) -> tuple[list[Tensor], Tensor, Tensor]:
+) -> tuple[list[Tensor], Tensor]:
     param, grad, m, v, *hidden = (t.view(-1, ROW) for t in planes)
     step, *now = numbers
     layout: Any = _RowSegments(owner, numel, shape_context)
-    param, state, memory, shares = update_by_coordinates(
+    param, state, memory = update_by_coordinates(
         dict(zip(names, values, strict=True)), config, layout, param, grad, CoordinateState(m, v, tuple(hidden)),
         memory, step, StepNumbers(*now), fixed_scale=fixed_scale,
     )  # fmt: skip
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
-    planes = [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)]
-    return planes, memory, shares.clone()
+    return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], memory

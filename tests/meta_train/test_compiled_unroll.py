@@ -33,9 +33,6 @@ def meta_gradient(policy, width, compiled, lr=HYPER.lr):
     return state, losses.detach(), grads
 
 
-@pytest.mark.filterwarnings(
-    "ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"
-)  # torch's own, while it compiles
 @pytest.mark.skipif(find_compiler("cpu") is None, reason="no C++ compiler")
 @pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig(orthogonal=0.7)], ids=["gated", "orthogonal"])
 def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
@@ -48,11 +45,10 @@ def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
     for width, lr in ((72, 3e-2), (90, 1e-2), (101, 3e-3)):
         expected_state, expected, expected_grads = meta_gradient(policy, width, compiled=False, lr=lr)
         state, losses, grads = meta_gradient(policy, width, compiled=True, lr=lr)
-        torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
-        # Orthogonalising makes what is small forty times as large, rounding errors too.
-        torch.testing.assert_close(
-            state.params, expected_state.params, rtol=1e-4, atol=4e-4 if config.orthogonal else 1e-5
-        )
+        # Orthogonalising makes what is small some ten times as large, rounding errors too.
+        times = 40 if config.orthogonal else 1
+        torch.testing.assert_close(losses, expected, rtol=1e-5 * times, atol=1e-6)
+        torch.testing.assert_close(state.params, expected_state.params, rtol=1e-4, atol=1e-5 * times)
         for found, wanted in zip(grads, expected_grads, strict=True):
             # Relative to the largest entry: single precision, and many entries are sums that nearly cancel.
             torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=1e-3)
