@@ -68,7 +68,7 @@ class Unit(Protocol):
         """Write the update, given the coefficients [C, len(jobs)].
 
         Parameters that :func:`is_orthogonalised` are left as they are; their d, [numel] in the order of the indices and
-        of the parameter's dtype, is returned by the place of the job.
+        in the dtype of the arithmetic, is returned by the place of the job.
         """
         ...
 
@@ -139,7 +139,7 @@ class _Large:
         backend, config = self.backend, self.backend.head.config
         coeff = update_rule.spread_coefficients(config, self.layout, values, self.dtype)
         first = self.flat.vectors[0]
-        written = torch.empty_like(first) if self.as_matrix else first
+        written = torch.empty_like(first, dtype=self.dtype) if self.as_matrix else first
         for chunk, target in zip(self._chunks(), written.split(self.chunk), strict=True):
             p, state = update_rule.apply(backend.numbers, config, coeff, *self._inputs(chunk), self.now)
             state = rounded_state(state, [t.dtype for t in chunk[2:]])
@@ -181,7 +181,7 @@ class _Batch:
         state = rounded_state(state, [t.dtype for t in self.jobs[0].planes])
         written, _, *state_old = zip(*(vectors.planes for vectors in self.vectors), strict=True)
         if self.as_matrices:
-            written = [torch.empty_like(vector) for vector in written]
+            written = [torch.empty_like(vector, dtype=self.dtype) for vector in written]
         self.packing.write([written, *state_old], [p, state.exp_avg, state.exp_avg_sq, *state.hidden])
         for vectors in self.vectors:
             if vectors.flat is not None:

@@ -8,9 +8,9 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from learned_optim.backends import Packing, Unit, is_orthogonalised, packing
+from learned_optim.backends import Packing, Unit, arithmetic_dtype, is_orthogonalised, packing
 from learned_optim.features import TensorSums
-from learned_optim.jobs import Flat, Format, Job, piece_of
+from learned_optim.jobs import Flat, Format, Job, format_of, piece_of
 from learned_optim.kernels import (
     WIDTH,
     Kernels,
@@ -49,11 +49,15 @@ class CompiledBackend:
         return self._kernels[form]
 
     def units(self, jobs: list[Job]) -> Iterator[tuple[Unit, int]]:
-        kinds: dict[Format, list[Job]] = {}
+        kinds: dict[tuple[Format, bool], list[Job]] = {}
         for job in jobs:
             if job.numel > 0:
-                kinds.setdefault(job.format, []).append(job)
-        for form, same_kind in kinds.items():
+                as_matrix = is_orthogonalised(self.head.config, job)
+                form = job.format
+                if as_matrix:
+                    form = format_of(form.device, arithmetic_dtype(form.param), form.grad, form.planes)
+                kinds.setdefault((form, as_matrix), []).append(job)
+        for (form, _), same_kind in kinds.items():
             for several, copied in self._waves(same_kind):
                 yield _Rows(self, form, several), copied
 
@@ -164,16 +168,21 @@ def _plan(split: tuple[tuple[int, int], ...], device: torch.device) -> _Plan:
 
 
 class _Rows:
-    """Tensors of the same dtypes on the same device, as rows."""
+    """Tensors of the same dtypes on the same device, as rows.
+
+    Kernels read a matrix that is orthogonalised from a copy, in the dtype of the arithmetic, and write d over it.
+    """
 
     def __init__(self, backend: CompiledBackend, form: Format, views: list[_Views]) -> None:
         self.backend, self.views = backend, views
         self.jobs = [one.job for one in views]
         self.kernels = backend.kernels(form)
         self.plan = plan = _plan(tuple([one.split for one in views]), form.device)
-        self.pieces = [views[k].in_place for k in plan.in_place]
+        self.found = {k: one.vector().to(form.param, copy=True) for k, one in enumerate(views) if one.as_matrix}
+        self.used = [one.writing_to(self.found.get(k)) for k, one in enumerate(views)]
+        self.pieces = [self.used[k][0] for k in plan.in_place]
         if plan.packing:
-            tails = list(zip(*(views[k].tail for k in plan.copied), strict=True))
+            tails = list(zip(*(self.used[k][1] for k in plan.copied), strict=True))
             copied = plan.packing.pack(tails, (form.param, form.grad, *form.planes))
             self.pieces.append([plane.view(-1, WIDTH) for plane in copied])
         dtype = torch.promote_types(form.param, torch.float32)
@@ -201,17 +210,13 @@ class _Rows:
         coefficients = by_job.index_select(0, self.plan.owner_of_row)
         weights = self.backend.weights(coefficients)
         split = coefficients.split_with_sizes(self.plan.pieces)
-        # Kernels read the parameter where they write d.
-        found = {k: one.vector().clone() for k, one in enumerate(self.views) if one.as_matrix}
-        written = [one.writing_to(found.get(k)) for k, one in enumerate(self.views)]
-        pieces = [written[k][0] for k in self.plan.in_place] + self.pieces[len(self.plan.in_place) :]
-        for planes, now, c in zip(pieces, self.numbers, split, strict=True):
+        for planes, now, c in zip(self.pieces, self.numbers, split, strict=True):
             self.kernels.apply([*planes, now, c, weights])
         if self.plan.packing:
-            p, _, *state = zip(*(written[k][1] for k in self.plan.copied), strict=True)
-            p_new, _, *state_new = (plane.view(-1) for plane in pieces[-1])
+            p, _, *state = zip(*(self.used[k][1] for k in self.plan.copied), strict=True)
+            p_new, _, *state_new = (plane.view(-1) for plane in self.pieces[-1])
             self.plan.packing.write([p, *state], [p_new, *state_new])
         for one in self.views:
             if one.copied:
                 one.copied.write_back()
-        return {self.jobs[k].place: d for k, d in found.items()}
+        return {self.jobs[k].place: d for k, d in self.found.items()}

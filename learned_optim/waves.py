@@ -189,15 +189,9 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
         found = unit.apply(columns)
         for job, share in zip(unit.jobs, columns[ORTHOGONAL].unbind(), strict=True):
             if job.place in found:
-                d = _matrix(found[job.place], job)
+                d = found[job.place].view(job.param.shape[0], -1)
                 _step(job, orthogonalised(d, share.to(d.dtype), head.config.orthogonal_iterations))
     return record
-
-
-def _matrix(d: Tensor, job: Job) -> Tensor:
-    """A vector of the job's coordinates as rows and columns, in the dtype of the arithmetic."""
-    dtype = torch.promote_types(d.dtype, torch.float32)
-    return d.to(dtype).view(job.param.shape[0], -1)
 
 
 def _step(job: Job, d: Tensor) -> None:
@@ -244,7 +238,7 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                     shards.add_up(d)
                     continue
                 job = jobs[position[place]]
-                part = _matrix(found[place], job)
+                part = found[place].view(job.param.shape[0], -1)
                 (row, column), (rows, width) = job.origin, part.shape
                 here = d[row : row + rows, column : column + width]
                 here.copy_(part)

@@ -125,9 +125,9 @@ FAILURES = {
         r'"learned_optim" in it\)', files={**GOOD, CONFIG: artefact._render({"model_type": "bert"})},
     ),
     "newer": Failure(
-        ValueError, r"REPO@\w{40} is refused: made by learned-optim 9\.0 in policy format 4, and this is learned-optim "
-        r"[\d.]+, which reads formats up to 3: upgrade with `pip install -U learned-optim`",
-        files=resealed(GOOD, format_version=4, library_version="9.0"),
+        ValueError, r"REPO@\w{40} is refused: made by learned-optim 9\.0 in policy format 99, and this is "
+        r"learned-optim [\d.]+, which reads formats up to 4: upgrade with `pip install -U learned-optim`",
+        files=resealed(GOOD, format_version=99, library_version="9.0"),
     ),
     "edited": Failure(
         ValueError, r"REPO@\w{40} is refused: config.json was damaged or edited after it was written .*",
