@@ -55,10 +55,10 @@ def test_a_coordinate_left_out_at_a_chunk_border_is_caught(edge, monkeypatch):
 def test_a_coordinate_left_out_of_the_sums_at_a_chunk_border_is_caught(policy, monkeypatch):
     original = update_rule.measure
 
-    def faulty(config, layout, param, grad, state, now):
+    def faulty(layout, param, grad, state, now):
         grad = grad.clone()
         grad[-1] = 0.0
-        return original(config, layout, param, grad, state, now)
+        return original(layout, param, grad, state, now)
 
     monkeypatch.setattr(update_rule, "measure", faulty)
     with pytest.raises(AssertionError, match="not close"):

@@ -136,11 +136,11 @@ def test_units_that_are_made_a_second_time_do_the_same(ranks):
     assert_as_in_one_process(ranks, [Shard(0)], run=with_little_memory)
 
 
-def missing_gradients(rank):
+def missing_gradients(rank, policy):
     """One process has no gradient at all, then neither has, then both."""
     mesh = init_device_mesh("cpu", (2,))
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in leaves((4, 3), (3,))]
-    optimizer = make(params)
+    optimizer = make(params, policy)
     for who in ((0,), (), (0, 1)):
         for p in params:
             p.grad = torch.ones_like(p) if rank in who else None
@@ -148,8 +148,9 @@ def missing_gradients(rank):
     return [int(optimizer.state[p]["step"]) for p in params]
 
 
-def test_a_process_without_gradients_does_not_keep_the_others_waiting(ranks):
-    assert ranks(missing_gradients) == [[2, 2], [1, 1]]
+@pytest.mark.parametrize("policy", ["random", "orthogonal"])
+def test_a_process_without_gradients_does_not_keep_the_others_waiting(ranks, policy):
+    assert ranks(missing_gradients, policy) == [[2, 2], [1, 1]]
 
 
 def mixed_kinds(rank):
@@ -186,6 +187,21 @@ def with_local_numel(rank, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LearnedOptimizer, "_job", faulty)
         return in_two_processes(rank, **options)
+
+
+def orthogonalised_by_shards(rank, **options):
+    """Every process as if its part were all of the matrix."""
+    add_up = sharding.Shards.add_up
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            sharding.Shards, "add_up", lambda self, x: add_up(self, x if x.dtype == torch.float64 else x.clone())
+        )
+        return in_two_processes(rank, **options)
+
+
+def test_orthogonalising_each_shard_alone_is_caught(ranks):
+    with pytest.raises(AssertionError, match="not close"):
+        assert_as_in_one_process(ranks, [Shard(0)], run=orthogonalised_by_shards, policy="orthogonal")
 
 
 def with_the_gradient_of_another_shard(rank, **options):
