@@ -52,7 +52,7 @@ def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
 def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     """All that the bench ran, over AdamW tuned per task: geometric means, with the spread over seeds."""
     return {
-        row["name"].replace("learned: default", "LearnedOptimizer"): {
+        row["name"].replace("learned: default", "LearnedOptimizer").replace("learned: ", "LearnedOptimizer, "): {
             "settings tried per task": str(row["settings"]),
             **_over_tuned(row["summary"]),
             "time per step": f"{row['summary']['time_ratio']:.2f}",
