@@ -51,9 +51,10 @@ def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
         else:
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(state.params, expected_state.params, rtol=1e-4, atol=1e-5)
+        atol = 2e-3 if config.orthogonal else 1e-3
         for found, wanted in zip(grads, expected_grads, strict=True):
             # Relative to the largest entry: single precision, and many entries are sums that nearly cancel.
-            torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=2e-3)
+            torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=atol)
         graphs = graphs or compilations["unique_graphs"]
         assert compilations["unique_graphs"] == graphs
 
