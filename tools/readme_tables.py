@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
+PEERS = ROOT / "docs" / "results" / "peers.json"
 MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 
 
@@ -33,8 +34,10 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
 
 
 def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What a policy's bench says, task by task and as a geometric mean."""
+    """What a policy's bench says, task by task and as a geometric mean; time per step as in ``peers.json``."""
     evaluation = results["evaluation"]
+    (measured,) = [c for c in json.loads(PEERS.read_text())["quality"]["contenders"] if c["name"] == "learned: default"]
+    times = {row["task"]: f"{row['time_ratio']:.1f}" for row in measured["tasks"]}
     table = {
         row["task"].removeprefix("val_").removesuffix("/0").replace("_", " "): {
             "speedup": f"{row['speedup']:.2f}",
@@ -42,6 +45,7 @@ def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
             "AdamW's": f"{row['reference_loss']:.3g}",
             "held-out loss": f"{row['held_out_loss']:.3g}",
             "AdamW's, held out": f"{row['reference_held_out_loss']:.3g}",
+            "time per step": times[row["task"]],
         }
         for row in evaluation["tasks"]
     }
