@@ -187,6 +187,8 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
     values, record = head(jobs, sums)
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
         found = unit.apply(columns)
+        if not found:
+            continue
         for job, share in zip(unit.jobs, columns[ORTHOGONAL].unbind(), strict=True):
             if job.place in found:
                 d = found[job.place].view(job.param.shape[0], -1)

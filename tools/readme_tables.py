@@ -36,7 +36,7 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
 def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     """What a policy's bench says, task by task and as a geometric mean; time per step as in ``peers.json``."""
     evaluation = results["evaluation"]
-    (measured,) = [c for c in json.loads(PEERS.read_text())["quality"]["contenders"] if c["name"] == "learned: default"]
+    (measured,) = [c for c in _read(PEERS)["quality"]["contenders"] if c["name"] == "learned: default"]
     times = {row["task"]: f"{row['time_ratio']:.1f}" for row in measured["tasks"]}
     table = {
         row["task"].removeprefix("val_").removesuffix("/0").replace("_", " "): {
