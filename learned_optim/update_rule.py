@@ -136,8 +136,7 @@ def apply(
 ) -> tuple[Tensor, CoordinateState]:
     """Second pass: new parameters and state planes, coordinate by coordinate.
 
-    With ``now.for_directions()`` d is returned in place of the parameters: :func:`learned_optim.orthogonal.whole` and
-    :func:`stepped` make new ones of it.
+    With ``now.for_directions()`` d is returned in place of the parameters.
 
     With a layout as ``fixed_scale`` the rms of d over each tensor is a constant to back-propagation (its value is
     unchanged): meta-training through short windows then cannot learn step sizes, which it would choose too small.
@@ -177,6 +176,7 @@ def update(
     hyper: Hyperparameters,
     *,
     fixed_scale: bool = False,
+    unfinished: bool = False,
 ) -> tuple[Tensor, CoordinateState, Tensor]:
     """One update of K tensors laid out in vectors of n coordinates.
 
@@ -191,40 +191,31 @@ def update(
         step: t >= 1, the number of this update.
         hyper: what the user sets.
         fixed_scale: see :func:`apply`.
+        unfinished: leave :func:`finish`, which needs to see whole matrices, to the caller.
 
     Returns:
         New parameters, state planes and memory; the inputs are left as they were.
     """
     now = step_numbers(step, hyper)
-    written = now.for_directions() if config.orthogonal else now
-    found, state, memory = update_by_coordinates(
-        weights, config, layout, param, grad, state, memory, step, written, fixed_scale=fixed_scale
-    )
-    if config.orthogonal:
-        found = stepped(param, orthogonal.whole(config, found, layout.shapes, layout.sizes), now)
-    return found, state, memory
-
-
-def update_by_coordinates(
-    weights: Mapping[str, Tensor],
-    config: PolicyConfig,
-    layout: Layout,
-    param: Tensor,
-    grad: Tensor,
-    state: CoordinateState,
-    memory: Tensor,
-    step: Spread,
-    now: StepNumbers,
-    *,
-    fixed_scale: bool = False,
-) -> tuple[Tensor, CoordinateState, Tensor]:
-    """:func:`update` without orthogonalising."""
     sums = measure(layout, param, grad, state, now)
     values, memory = coefficients(weights, config, layout, sums, memory, step)
     coeff = spread_coefficients(config, layout, values, param.dtype)
     scaled = layout if fixed_scale else None
-    param, state = apply(weights, config, coeff, param, grad, state, now, fixed_scale=scaled)
-    return param, state, memory
+    written = now.for_directions() if config.orthogonal else now
+    found, state = apply(weights, config, coeff, param, grad, state, written, fixed_scale=scaled)
+    if not unfinished:
+        found = finish(config, layout, param, found, step, hyper)
+    return found, state, memory
+
+
+def finish(
+    config: PolicyConfig, layout: Layout, param: Tensor, found: Tensor, step: Spread, hyper: Hyperparameters
+) -> Tensor:
+    """New parameters, [n], from those before the update and what :func:`update` has found for them unfinished."""
+    if not config.orthogonal:
+        return found
+    d = orthogonal.whole(config, found, layout.shapes, layout.sizes)
+    return stepped(param, d, step_numbers(step, hyper))
 
 
 def initial_state(config: PolicyConfig, param: Tensor, num_tensors: int = 1) -> tuple[CoordinateState, Tensor]:

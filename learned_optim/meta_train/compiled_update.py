@@ -14,12 +14,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.cells import CoordinateState, Hyperparameters, StepNumbers, step_numbers
+from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.coordinates import Segments, Spread
 from learned_optim.meta_train.problem import ROW
-from learned_optim.orthogonal import whole
 from learned_optim.policy import PolicyConfig
-from learned_optim.update_rule import stepped, update_by_coordinates
+from learned_optim.update_rule import finish, update
 
 #: See :class:`PaddedRows`.
 TENSORS = 64
@@ -80,10 +79,8 @@ def compiled_update(
         torch._dynamo.maybe_mark_dynamic(t, 0)
     for t in (memory, layout.shape_context):
         torch._dynamo.maybe_mark_dynamic(t, 1)
-    now = step_numbers(step, hyper)
     # Numbers would be compiled in.
-    written = now.for_directions() if config.orthogonal else now
-    numbers = [torch.tensor(float(x), dtype=torch.float64) for x in (step, *written)]
+    numbers = [torch.tensor(float(x), dtype=torch.float64) for x in (step, *hyper)]
     run = _compiled(config, fixed_scale)
     names, values = tuple(weights), tuple(weights.values())
     shapes = layout.numel, layout.shape_context
@@ -91,9 +88,7 @@ def compiled_update(
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
         (found, m, v, *hidden), memory = run(names, values, planes, memory, owner, *shapes, numbers)
-    if config.orthogonal:
-        found = stepped(param, whole(config, found, layout.shapes, layout.sizes), now)
-    return found, CoordinateState(m, v, tuple(hidden)), memory
+    return finish(config, layout, param, found, step, hyper), CoordinateState(m, v, tuple(hidden)), memory
 
 
 class PaddedRows(NamedTuple):
@@ -135,17 +130,14 @@ def compiled_side_by_side(
     for t in planes:
         torch._dynamo.maybe_mark_dynamic(t, 1)
     torch._dynamo.maybe_mark_dynamic(layout.owner, 0)
-    now = step_numbers(step, hyper)
-    written = now.for_directions() if config.orthogonal else now
-    numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *written)]
+    numbers = [x if isinstance(x, Tensor) else _number(float(x), param.device) for x in (step, *hyper)]
     run = _compiled_side_by_side(config)
     (found, m, v, *hidden), memory = run(dict(weights), planes, memory, *layout[1:], numbers)
-    if config.orthogonal:
 
-        def of_one_run(d: Tensor) -> Tensor:
-            return whole(config, d, layout.segments.shapes, layout.segments.sizes)
+    def finished(param: Tensor, found: Tensor) -> Tensor:
+        return finish(config, layout.segments, param, found, step, hyper)
 
-        found = stepped(param, torch.vmap(of_one_run)(found), now)
+    found = torch.vmap(finished)(param, found)
     return found, CoordinateState(m, v, tuple(hidden)), memory
 
 
@@ -189,11 +181,11 @@ def _on_rows(
     numbers: list[Tensor],
 ) -> tuple[list[Tensor], Tensor]:
     param, grad, m, v, *hidden = (t.view(-1, ROW) for t in planes)
-    step, *now = numbers
+    step, *hyper = numbers
     layout: Any = _RowSegments(owner, numel, shape_context)
-    param, state, memory = update_by_coordinates(
+    param, state, memory = update(
         dict(zip(names, values, strict=True)), config, layout, param, grad, CoordinateState(m, v, tuple(hidden)),
-        memory, step, StepNumbers(*now), fixed_scale=fixed_scale,
+        memory, step, Hyperparameters(*hyper), fixed_scale=fixed_scale, unfinished=True,
     )  # fmt: skip
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
     return [t.view(-1).clone() for t in (param, state.exp_avg, state.exp_avg_sq, *state.hidden)], memory
