@@ -37,6 +37,8 @@ from learned_optim.bench import step as bench
 SHAPES = [(), (0,), (3,), (512,), (1541,), (40, 130), (8, 3, 3, 3), (256, 1024), (1100, 1031)]
 #: Optimizer of each way to run it, its device left open.
 WAYS = {"eager on the CPU": "eager", "eager on the GPU": "eager", "compiled on the GPU": "compiled"}
+#: Optimizers of which more than their time is told.
+SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", "ours, default")
 #: What the profiler shows as events on the GPU that are none.
 ANNOTATIONS = ("Optimizer.step", "Torch-Compiled Region", "## Call CompiledFxGraph", "ProfilerStep")
 FIRST_STEP = """
@@ -165,7 +167,7 @@ def launches(run: Run) -> dict[str, Any]:
     from torch.profiler import ProfilerActivity, profile
 
     found: dict[str, Any] = {}
-    for name, make in _choose(bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled").items():
+    for name, make in _choose(*SHOWN).items():
         optimizer, _ = bench._prepared(run.shapes(), make, run.device)
         for _ in range(3):
             optimizer.step()
@@ -202,15 +204,14 @@ def _case(shapes: Callable[[Run], Any]) -> Callable[[Run], Any]:
 
 
 def training(run: Run) -> dict[str, Any]:
-    names = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled")
-    return bench.training_steps(run.repeats, run.device, run.batch, run.length, names)
+    return bench.training_steps(run.repeats, run.device, run.batch, run.length, SHOWN)
 
 
 def memory(run: Run) -> dict[str, Any]:
     """Bytes allocated at most during a step beyond those before it, over the bytes of the state."""
     found: dict[str, Any] = {}
     for what, shapes in (("one tensor", [bench._matrix(run.sizes[-1])]), ("the GPT's tensors", run.shapes())):
-        for name, make in _choose(bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled").items():
+        for name, make in _choose(*SHOWN).items():
             optimizer, params = bench._prepared(shapes, make, run.device)
             for _ in range(2):
                 optimizer.step()

@@ -16,7 +16,7 @@ iterations leave the weakest directions weak.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -37,35 +37,44 @@ def rows_and_columns(shape: Sequence[int]) -> tuple[int, int] | None:
 
 
 def orthogonalised(d: Tensor, share: Spread, iterations: int) -> Tensor:
-    """d' of the module's description.
+    """d' of the module's description, for one matrix or many of the same size: products of small ones cost little more
+    together than one of them does.
 
     Args:
-        d: [rows, columns], float32 or float64.
-        share: w, 0-d; at 0 the result has the bits of d.
+        d: [..., rows, columns], float32 or float64.
+        share: w, a number for all or [..., 1, 1]; at 0 the result has the bits of d.
         iterations: each multiplies small singular values by 3.4, and costs six times rows times columns times the
             smaller of both.
     """
     tiny = torch.finfo(d.dtype).tiny ** 0.5
     length = _length(d, tiny)
     with torch.autocast(d.device.type, enabled=False):
-        o = _newton_schulz(d / length, iterations)
+        o = _newton_schulz((d / length).reshape(-1, *d.shape[-2:]), iterations).reshape(d.shape)
     e = d + share * (o * (length / _length(o, tiny)) - d)
     return e * (length / _length(e, tiny))
 
 
 def _newton_schulz(x: Tensor, iterations: int) -> Tensor:
     a, b, c = _ITERATION
-    tall = x.shape[0] > x.shape[1]
-    x = x.T if tall else x
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
     for _ in range(iterations):
-        square = x @ x.T
-        x = torch.addmm(x, torch.addmm(square, square, square, beta=b, alpha=c), x, beta=a)
-    return x.T if tall else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
 
 
 def _length(x: Tensor, least: float) -> Tensor:
     # The floor keeps what is zero at zero, and the root differentiable there.
-    return x.square().sum().clamp(min=least * least).sqrt()
+    return x.square().sum((-2, -1), keepdim=True).clamp(min=least * least).sqrt()
+
+
+def alike(keys: Iterable[Hashable]) -> list[list[int]]:
+    """Numbers of those whose keys are equal, in the order in which they first occur."""
+    found: dict[Hashable, list[int]] = {}
+    for number, key in enumerate(keys):
+        found.setdefault(key, []).append(number)
+    return list(found.values())
 
 
 def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], sizes: Sequence[int]) -> Tensor:
@@ -77,13 +86,15 @@ def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], size
         shapes: of the tensors.
         sizes: coordinates of each in the vector, padding included.
     """
-    pieces: list[Tensor] = []
-    for piece, shape in zip(d.split(list(sizes)), shapes, strict=True):
+    pieces = list(d.split(list(sizes)))
+    for numbers in alike(map(tuple, shapes)):
+        shape = shapes[numbers[0]]
         matrix = rows_and_columns(shape)
         if matrix is None:
-            pieces.append(piece)
             continue
         numel = math.prod(shape)
-        moved = orthogonalised(piece[:numel].view(matrix), config.orthogonal, config.orthogonal_iterations)
-        pieces += [moved.reshape(-1), piece[numel:]]
+        matrices = torch.stack([pieces[i][:numel].view(matrix) for i in numbers])
+        moved = orthogonalised(matrices, config.orthogonal, config.orthogonal_iterations)
+        for i, one in zip(numbers, moved.flatten(1).unbind(), strict=True):
+            pieces[i] = torch.cat((one, pieces[i][numel:]))
     return torch.cat(pieces)

@@ -20,7 +20,7 @@ from learned_optim import update_rule
 from learned_optim.cells import ORTHOGONAL, Hyperparameters
 from learned_optim.coordinates import Shapes, tensor_shape_context
 from learned_optim.features import TensorSums
-from learned_optim.orthogonal import orthogonalised, rows_and_columns
+from learned_optim.orthogonal import alike, orthogonalised, rows_and_columns
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.safeguard import guarded
 
@@ -34,6 +34,8 @@ COPIED = 1 << 19
 #: On a GPU all limits of this kind are so many times as large: what is gained there is launches, each of which costs as
 #: much as some hundred thousand coordinates.
 ON_GPU = 32
+#: Coordinates of equal matrices that are multiplied as one batch: more of them only leave the processor's cache.
+MULTIPLIED = 1 << 16
 #: Per-tensor numbers are computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors
 #: again, so that a tensor's bits do not depend on how many tensors are run with it.
 COLUMNS = 16
@@ -185,21 +187,53 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
     parts = [unit.measure() for unit in wave]
     sums = parts[0] if len(parts) == 1 else TensorSums(*map(torch.cat, zip(*parts, strict=True)))
     values, record = head(jobs, sums)
+    iterations, most = head.config.orthogonal_iterations, limit(COPIED, values.device)
+    matrices: list[_Matrix] = []
+    waiting = 0
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
         found = unit.apply(columns)
         if not found:
             continue
         for job, share in zip(unit.jobs, columns[ORTHOGONAL].unbind(), strict=True):
             if job.place in found:
-                d = found[job.place].view(job.param.shape[0], -1)
-                _step(job, orthogonalised(d, share.to(d.dtype), head.config.orthogonal_iterations))
+                matrices.append(_Matrix(job, found[job.place], share))
+                waiting += job.numel
+        if waiting > most:
+            _step_along(matrices, iterations)
+            matrices, waiting = [], 0
+    _step_along(matrices, iterations)
     return record
 
 
-def _step(job: Job, d: Tensor) -> None:
-    """Move the job's parameter along d."""
-    param = job.param.detach()
-    param.copy_(update_rule.stepped(param.to(d.dtype), d.reshape(param.shape), job.moment.numbers))
+class _Matrix(NamedTuple):
+    """A parameter that moves when its update has been orthogonalised."""
+
+    job: Job
+    d: Tensor  #: [numel]
+    share: Tensor  #: 0-d
+
+
+def _step_along(matrices: list[_Matrix], iterations: int) -> None:
+    """Orthogonalise the updates and move the parameters, equal ones at once."""
+    for numbers in alike((job.param.shape, d.dtype, job.moment) for job, d, _ in matrices):
+        numel = matrices[numbers[0]].job.numel
+        at_once = max(1, limit(MULTIPLIED, matrices[0].d.device) // numel)
+        for start in range(0, len(numbers), at_once):
+            jobs, ds, shares = zip(*(matrices[i] for i in numbers[start : start + at_once]), strict=True)
+            d = _stacked(ds).view(len(jobs), jobs[0].param.shape[0], -1)
+            d = orthogonalised(d, _stacked(shares).to(d.dtype).view(-1, 1, 1), iterations)
+            _step(jobs, d)
+
+
+def _step(jobs: Sequence[Job], d: Tensor) -> None:
+    """Move parameters of one shape, dtype and moment along d, [len(jobs), ...]."""
+    params = [job.param.detach() for job in jobs]
+    before = _stacked(params).to(d.dtype)
+    copy_all(params, update_rule.stepped(before, d.reshape(before.shape), jobs[0].moment.numbers).unbind())
+
+
+def _stacked(tensors: Tensors) -> Tensor:
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tensors)
 
 
 def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Record]:
@@ -246,4 +280,4 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                 here.copy_(part)
                 shards.add_up(d)
                 d = orthogonalised(d, share[position[place]].to(d.dtype), backend.head.config.orthogonal_iterations)
-                _step(job, d[row : row + rows, column : column + width])
+                _step([job], d[row : row + rows, column : column + width])
