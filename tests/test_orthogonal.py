@@ -118,6 +118,25 @@ def test_a_gradient_that_is_not_finite_hurts_its_own_matrix_only(backend):
     assert_same_bits(params[1:], alone[1:])
 
 
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("count", [3, 40])
+def test_matrices_of_one_shape_are_multiplied_together_and_keep_the_bits_that_each_has_alone(
+    backend, count, monkeypatch
+):
+    seen = []
+    newton_schulz = orthogonal._newton_schulz
+    monkeypatch.setattr(orthogonal, "_newton_schulz", lambda x, n: seen.append(len(x)) or newton_schulz(x, n))
+    many, one = leaves(*[(24, 3, 5, 6)] * count), leaves(*[(24, 3, 5, 6)] * count)[-1:]
+    optimizers = [make(ps, "orthogonal", backend=backend) for ps in (many, one)]
+    for step in range(3):
+        give_gradients(many, step)
+        one[0].grad = many[-1].grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    assert_same_bits(many[-1:], one)
+    assert max(seen) == min(count, (1 << 16) // (24 * 3 * 5 * 6))  # more would leave the cache
+
+
 def test_a_step_inside_autocast_is_the_same():
     results = []
     for enabled in (False, True):
