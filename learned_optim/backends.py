@@ -80,7 +80,7 @@ def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def is_orthogonalised(config: PolicyConfig, job: Job) -> bool:
     """Whether this tensor's update is orthogonalised, in parts or as a whole."""
-    return config.orthogonal > 0.0 and rows_and_columns(job.shape) is not None
+    return config.orthogonal > 0.0 and rows_and_columns(job.shape, config.orthogonal_aspect) is not None
 
 
 @lru_cache(maxsize=1024)

@@ -46,7 +46,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from learned_optim.policy import Policy
+    from learned_optim.policy import Policy, PolicyConfig
 
 _NUMBER, _COUNT, _TEXT, _FLAG = "a finite number", "a whole number of 0 or more", "text", "true or false"
 _TEXTS, _SEEDS, _FIGURES = "a list of texts", "a whole number or a list of them", "an object of numbers and texts"
@@ -160,10 +160,17 @@ def architecture(policy: Policy) -> list[str]:
         f"- cell: {config.cell}, {config.hidden_size} hidden numbers per coordinate, beside Adam's two moments",
         f"- meta-parameters: {count}" + ("" if trained else ", all of them zero: the rule is its base mixture"),
         f"- base mixture: {config.step_scale:g}·lr·({start}), agreement {config.agreement:g}",
-        *([f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations"] if config.orthogonal else []),
+        *([_orthogonalised(config)] if config.orthogonal else []),
         f"- decays {config.betas[0]:g} and {config.betas[1]:g}, eps {config.eps:g}",
         f"- fingerprint: `{policy.fingerprint()}`, format {config.format_version}",
     ]
+
+
+def _orthogonalised(config: PolicyConfig) -> str:
+    return (
+        f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations; not those with {config.orthogonal_aspect:g} "
+        "rows per column or more"
+    )
 
 
 def training(results: Mapping[str, Any]) -> list[str]:

@@ -7,7 +7,8 @@ squares:
     e  = d + w (o |d| / |o| - d)                                        w: how much of it is done
     d' = e |d| / |e|                                                    as long as d
 
-Rows are outputs, columns all that is connected to one output (torch's convention); vectors and numbers are left alone.
+Rows are outputs, columns all that is connected to one output (torch's convention). Vectors and numbers are left alone,
+and so are matrices with many more rows than columns, which are embeddings of words, or vocabularies that are predicted.
 The iteration is that of Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural networks"): five
 times there, of a momentum; here of the whole learned update, whose length and averaging remain the rule's. Fewer
 iterations leave the weakest directions weak.
@@ -28,12 +29,15 @@ from learned_optim.policy import PolicyConfig
 _ITERATION = (3.4445, -4.7750, 2.0315)
 
 
-def rows_and_columns(shape: Sequence[int]) -> tuple[int, int] | None:
-    """How many of each a tensor of this shape has; ``None`` where it is no matrix of two by two or more."""
+def rows_and_columns(shape: Sequence[int], aspect: float) -> tuple[int, int] | None:
+    """How many of each a tensor of this shape has; ``None`` where it is no matrix to be orthogonalised.
+
+    Those have two rows and columns or more, and less than ``aspect`` rows per column.
+    """
     if len(shape) < 2 or shape[0] < 2:
         return None
     columns = math.prod(shape[1:])
-    return (shape[0], columns) if columns > 1 else None
+    return (shape[0], columns) if 1 < columns and shape[0] < aspect * columns else None
 
 
 def orthogonalised(d: Tensor, share: Spread, iterations: int) -> Tensor:
@@ -89,7 +93,7 @@ def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], size
     pieces = list(d.split(list(sizes)))
     for numbers in alike(map(tuple, shapes)):
         shape = shapes[numbers[0]]
-        matrix = rows_and_columns(shape)
+        matrix = rows_and_columns(shape, config.orthogonal_aspect)
         if matrix is None:
             continue
         numel = math.prod(shape)

@@ -82,6 +82,8 @@ class PolicyConfig:
         orthogonal: how much of a matrix's update is orthogonalised, see :mod:`learned_optim.orthogonal`, in [0, 1]; 0
             does without, which saves matrix products.
         orthogonal_iterations: of Newton and Schulz; each costs six times the coordinates times the smaller side.
+        orthogonal_aspect: matrices with this many rows per column or more, as large embeddings have, are not. A row of
+            those belongs to one word, and most words are rare.
         feature_bound: features are clamped to [-feature_bound, feature_bound].
         cosine_decays: decays of the fast and the slow average of the cosine between gradient and momentum.
         features: names of the cell's inputs, in the order of its weights.
@@ -115,6 +117,7 @@ class PolicyConfig:
     pace_bound: float = 0.7
     orthogonal: float = 0.0
     orthogonal_iterations: int = 3
+    orthogonal_aspect: float = 16.0
     feature_bound: float = 4.0
     cosine_decays: tuple[float, float] = (0.8, 0.98)
     features: tuple[str, ...] = FEATURES
@@ -154,6 +157,7 @@ class PolicyConfig:
         require(0.0 <= self.pace_bound <= 10.0, "pace_bound", "in [0, 10]")
         require(0.0 <= self.orthogonal <= 1.0, "orthogonal", "in [0, 1]")
         require(1 <= self.orthogonal_iterations <= 20, "orthogonal_iterations", "between 1 and 20")
+        require(self.orthogonal_aspect > 0.0, "orthogonal_aspect", "positive")
         for name in ("gate_bound", "amplitude_bound"):
             require(1.0 <= getattr(self, name) <= 100.0, name, "in [1, 100]")
         for name in ("feature_bound", "context_bound"):
@@ -233,7 +237,7 @@ def _of_this_format(values: Mapping[str, Any], version: int) -> dict[str, Any]:
         raise ValueError("rows and columns are balanced, which this learned_optim no longer does: use 0.1")
     for name in ("balance_floor", "balance_bound") if version > 1 else ():
         values.pop(name, None)
-    without = {"orthogonal": 0.0, "orthogonal_iterations": 3}
+    without = {"orthogonal": 0.0, "orthogonal_iterations": 3, "orthogonal_aspect": 16.0}
     if version < 3:
         without |= {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
     return {**without, **values, "format_version": FORMAT_VERSION}

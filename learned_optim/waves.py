@@ -266,9 +266,10 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
         for unit in kept if copied <= most else (unit for unit, _ in backend.units(jobs)):
             found |= unit.apply(values[:, [position[job.place] for job in unit.jobs]])
         yield record
-    if backend.head.config.orthogonal:
+    config = backend.head.config
+    if config.orthogonal:
         for place, shape in shards.shapes.items():
-            if (matrix := rows_and_columns(shape)) is not None:
+            if (matrix := rows_and_columns(shape, config.orthogonal_aspect)) is not None:
                 d = torch.zeros(matrix, dtype=shards.dtypes[place], device=shards.device)
                 if place not in found:  # nothing of it is here, or no gradient
                     shards.add_up(d)
@@ -279,5 +280,5 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                 here = d[row : row + rows, column : column + width]
                 here.copy_(part)
                 shards.add_up(d)
-                d = orthogonalised(d, share[position[place]].to(d.dtype), backend.head.config.orthogonal_iterations)
+                d = orthogonalised(d, share[position[place]].to(d.dtype), config.orthogonal_iterations)
                 _step([job], d[row : row + rows, column : column + width])

@@ -113,6 +113,8 @@ class ReferenceTensor:
         if share == 0.0 or rows < 2 or len(d) // rows < 2 or length == 0.0:
             return d
         columns = len(d) // rows
+        if rows >= self.config.orthogonal_aspect * columns:
+            return d
         matrix = [[d[i * columns + j] / length for j in range(columns)] for i in range(rows)]
         for _ in range(self.config.orthogonal_iterations):
             square = product(matrix, transposed(matrix))

@@ -79,17 +79,22 @@ def test_none_of_it_leaves_the_bits_and_zeros_stay_zeros():
         ((5, 2), (5, 2)),
         ((4, 3, 3, 3), (4, 27)),
         ((0, 3), None),
+        ((47, 3), (47, 3)),
+        ((48, 3), None),
+        ((64, 2, 2, 2), (64, 8)),
+        ((128, 2, 2, 2), None),
+        ((2, 1000), (2, 1000)),
     ],
 )
 def test_what_counts_as_a_matrix(shape, size):
-    assert rows_and_columns(shape) == size
+    assert rows_and_columns(shape, aspect=16.0) == size
 
 
 def test_only_matrices_move_otherwise_than_without_and_as_far():
     """By one step from the same state: lengths are those of the rule without it, to rounding."""
     config = PolicyConfig(orthogonal=1.0)
     both = Policy(config), Policy(PolicyConfig())
-    starts = leaves((6, 5), (5,), (1, 4), (3, 2, 2, 2), ())
+    starts = leaves((6, 5), (5,), (1, 4), (3, 2, 2, 2), (), (40, 2))
     moved = []
     for policy in both:
         params = copies(starts)
@@ -100,7 +105,7 @@ def test_only_matrices_move_otherwise_than_without_and_as_far():
     for with_it, without, start in zip(*moved, starts, strict=True):
         torch.testing.assert_close(with_it.norm(), without.norm(), rtol=1e-5, atol=1e-7)
         same = torch.allclose(with_it, without, rtol=1e-5, atol=1e-7)
-        assert same == (rows_and_columns(start.shape) is None)
+        assert same == (rows_and_columns(start.shape, config.orthogonal_aspect) is None)
 
 
 @pytest.mark.parametrize("backend", ["eager", "compiled"])
