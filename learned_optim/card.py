@@ -167,10 +167,8 @@ def architecture(policy: Policy) -> list[str]:
 
 
 def _orthogonalised(config: PolicyConfig) -> str:
-    return (
-        f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations; not those with {config.orthogonal_aspect:g} "
-        "rows per column or more"
-    )
+    those = f"{config.orthogonal_aspect:g} rows per column or more"
+    return f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations; not those of {those}"
 
 
 def training(results: Mapping[str, Any]) -> list[str]:

@@ -37,7 +37,7 @@ def rows_and_columns(shape: Sequence[int], aspect: float) -> tuple[int, int] | N
     if len(shape) < 2 or shape[0] < 2:
         return None
     columns = math.prod(shape[1:])
-    return (shape[0], columns) if 1 < columns and shape[0] < aspect * columns else None
+    return (shape[0], columns) if columns > 1 and shape[0] < aspect * columns else None
 
 
 def orthogonalised(d: Tensor, share: Spread, iterations: int) -> Tensor:
