@@ -32,7 +32,8 @@ from safetensors.torch import save
 from learned_optim import __version__, card
 from learned_optim.errors import InvalidPolicyError, PolicyNotFoundError
 from learned_optim.filenames import CARD, CONFIG, LIMITS, RESULTS, WEIGHTS, naming, why_missing
-from learned_optim.policy import FORMAT_VERSION, Policy, PolicyConfig, expected_shapes
+from learned_optim.policy import Policy, PolicyConfig, expected_shapes
+from learned_optim.policy_format import FORMAT_VERSION
 
 LIBRARY = "learned_optim"
 _EXTRA_KEYS = ("library", "library_version", "weights_sha256", "results_sha256", "config_sha256")

@@ -18,12 +18,12 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from learned_optim.policy_format import FORMAT_VERSION, of_this_format, typed
+
 if TYPE_CHECKING:
     from pathlib import Path
 
     from huggingface_hub import CommitInfo
-
-FORMAT_VERSION = 4
 
 #: Per-coordinate inputs of the recurrent cell; all are even in (gradient, parameter).
 FEATURES = ("abs_b", "abs_h", "abs_u", "b_h", "u_b", "u_h", "p_b")
@@ -211,54 +211,17 @@ class PolicyConfig:
                 "upgrade with `pip install -U learned-optim`"
             )
         if type(version) is int and 1 <= version < FORMAT_VERSION:  # True would be equal to 1
-            values = _of_this_format(values, version)
+            values = of_this_format(values, version)
         fields = {f.name: f for f in dataclasses.fields(cls)}
         missing, unknown = sorted(set(fields) - set(values)), sorted(set(values) - set(fields))
         if missing or unknown:
             raise ValueError(f"missing keys {missing}, unknown keys {unknown}")
-        return cls(**{name: _typed(name, values[name], field.default) for name, field in fields.items()})
+        return cls(**{name: typed(name, values[name], field.default) for name, field in fields.items()})
 
     @property
     def num_outputs(self) -> int:
         """Outputs of the tensor head: step scale, two mixture weights, agreement, one weight per hidden unit."""
         return 4 + len(self.hidden_weights)
-
-
-def _of_this_format(values: Mapping[str, Any], version: int) -> dict[str, Any]:
-    """What a configuration of an earlier format says in this one.
-
-    Formats 1 and 2 had no pace, 1 to 3 were not orthogonalised; 2 and 3 could balance rows and columns.
-
-    Raises:
-        ValueError: it does balance them.
-    """
-    values = dict(values)
-    if version > 1 and values.pop("balance", 0.0):
-        raise ValueError("rows and columns are balanced, which this learned_optim no longer does: use 0.1")
-    for name in ("balance_floor", "balance_bound") if version > 1 else ():
-        values.pop(name, None)
-    without = {"orthogonal": 0.0, "orthogonal_iterations": 3, "orthogonal_aspect": 16.0}
-    if version < 3:
-        without |= {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
-    return {**without, **values, "format_version": FORMAT_VERSION}
-
-
-def _typed(name: str, value: Any, like: Any) -> Any:
-    """``value`` as read from JSON, in the type of the field's default ``like``."""
-
-    def scalar(x: Any, sample: Any) -> Any:
-        wanted = type(sample)
-        if wanted is float and isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**1023:
-            return float(x)  # larger ones are no floats
-        if type(x) is not wanted:
-            raise ValueError(f"key {name!r} must hold {wanted.__name__}, found {x!r:.80}")
-        return x
-
-    if isinstance(like, tuple):
-        if not isinstance(value, list | tuple):
-            raise ValueError(f"key {name!r} must hold a list, found {value!r}")
-        return tuple(scalar(x, like[0]) for x in value)
-    return scalar(value, like)
 
 
 class Policy(nn.Module):
