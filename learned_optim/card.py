@@ -167,8 +167,8 @@ def architecture(policy: Policy) -> list[str]:
 
 
 def _orthogonalised(config: PolicyConfig) -> str:
-    those = f"{config.orthogonal_aspect:g} rows per column or more"
-    return f"- matrices: orthogonalised, {config.orthogonal_iterations} iterations; not those of {those}"
+    how = f"by {config.orthogonal:g}, {config.orthogonal_iterations} iterations"
+    return f"- matrices: orthogonalised {how}; not those of {config.orthogonal_aspect:g} rows per column or more"
 
 
 def training(results: Mapping[str, Any]) -> list[str]:
