@@ -38,7 +38,7 @@ SHAPES = [(), (0,), (3,), (512,), (1541,), (40, 130), (8, 3, 3, 3), (256, 1024),
 #: Optimizer of each way to run it, its device left open.
 WAYS = {"eager on the CPU": "eager", "eager on the GPU": "eager", "compiled on the GPU": "compiled"}
 #: Optimizers of which more than their time is told.
-SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", "ours, default")
+SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", bench.ORTHOGONAL)
 #: What the profiler shows as events on the GPU that are none.
 ANNOTATIONS = ("Optimizer.step", "Torch-Compiled Region", "## Call CompiledFxGraph", "ProfilerStep")
 FIRST_STEP = """

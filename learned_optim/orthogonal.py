@@ -90,15 +90,15 @@ def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], size
         shapes: of the tensors.
         sizes: coordinates of each in the vector, padding included.
     """
-    pieces = list(d.split(list(sizes)))
+    parts = [[piece] for piece in d.split(list(sizes))]
     for numbers in alike(map(tuple, shapes)):
         shape = shapes[numbers[0]]
         matrix = rows_and_columns(shape, config.orthogonal_aspect)
         if matrix is None:
             continue
         numel = math.prod(shape)
-        matrices = torch.stack([pieces[i][:numel].view(matrix) for i in numbers])
+        matrices = torch.stack([parts[i][0][:numel].view(matrix) for i in numbers])
         moved = orthogonalised(matrices, config.orthogonal, config.orthogonal_iterations)
         for i, one in zip(numbers, moved.flatten(1).unbind(), strict=True):
-            pieces[i] = torch.cat((one, pieces[i][numel:]))
-    return torch.cat(pieces)
+            parts[i] = [one, parts[i][0][numel:]]
+    return torch.cat([t for part in parts for t in part])

@@ -191,13 +191,10 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
     matrices: list[_Matrix] = []
     waiting = 0
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
-        found = unit.apply(columns)
-        if not found:
-            continue
-        for job, share in zip(unit.jobs, columns[ORTHOGONAL].unbind(), strict=True):
-            if job.place in found:
-                matrices.append(_Matrix(job, found[job.place], share))
-                waiting += job.numel
+        if found := unit.apply(columns):  # of all of its jobs or of none
+            shares = columns[ORTHOGONAL].unbind()
+            matrices += [_Matrix(j, found[j.place], share) for j, share in zip(unit.jobs, shares, strict=True)]
+            waiting += sum(j.numel for j in unit.jobs)
         if waiting > most:
             _step_along(matrices, iterations)
             matrices, waiting = [], 0
