@@ -168,6 +168,8 @@ def architecture(policy: Policy) -> list[str]:
 
 def _orthogonalised(config: PolicyConfig) -> str:
     how = f"by {config.orthogonal:g}, {config.orthogonal_iterations} iterations"
+    if config.orthogonal_shortening:
+        how += f", shortened by cosine to the power of {config.orthogonal_shortening:g}"
     return f"- matrices: orthogonalised {how}; not those of {config.orthogonal_aspect:g} rows per column or more"
 
 

@@ -5,7 +5,8 @@ squares:
 
     o  = about U V^T, all singular values near 1                        by a few iterations of Newton and Schulz
     e  = d + w (o |d| / |o| - d)                                        w: how much of it is done
-    d' = e |d| / |e|                                                    as long as d
+    c  = <d, o> / |d| |o|                                               near 1 where all directions count alike already
+    d' = e |d| / |e| (c / 0.6)^q                                        as long as d, but for what shortens it
 
 Rows are outputs, columns all that is connected to one output (torch's convention). Vectors and numbers are left alone,
 and so are matrices with many more rows than columns, which are embeddings of words, or vocabularies that are predicted.
@@ -27,6 +28,9 @@ from learned_optim.policy import PolicyConfig
 
 #: a, b, c of X <- a X + (b A + c A^2) X, A = X X^T: the slope at 0, and with it the speed, is as large as it may be.
 _ITERATION = (3.4445, -4.7750, 2.0315)
+#: The cosine at which shortening changes nothing: about the median over matrices and steps of the training families, so
+#: that a policy's step sizes mean much the same with and without.
+_USUAL_COSINE = 0.6
 
 
 def rows_and_columns(shape: Sequence[int], aspect: float) -> tuple[int, int] | None:
@@ -40,7 +44,7 @@ def rows_and_columns(shape: Sequence[int], aspect: float) -> tuple[int, int] | N
     return (shape[0], columns) if columns > 1 and shape[0] < aspect * columns else None
 
 
-def orthogonalised(d: Tensor, share: Spread, iterations: int) -> Tensor:
+def orthogonalised(d: Tensor, share: Spread, iterations: int, shortening: float = 0.0) -> Tensor:
     """d' of the module's description, for one matrix or many of the same size: products of small ones cost little more
     together than one of them does.
 
@@ -49,13 +53,24 @@ def orthogonalised(d: Tensor, share: Spread, iterations: int) -> Tensor:
         share: w, a number for all or [..., 1, 1]; at 0 the result has the bits of d.
         iterations: each multiplies small singular values by 3.4, and costs six times rows times columns times the
             smaller of both.
+        shortening: q; with 0 the result is as long as d.
     """
     tiny = torch.finfo(d.dtype).tiny ** 0.5
     length = _length(d, tiny)
+    unit = d / length
     with torch.autocast(d.device.type, enabled=False):
-        o = _newton_schulz((d / length).reshape(-1, *d.shape[-2:]), iterations).reshape(d.shape)
-    e = d + share * (o * (length / _length(o, tiny)) - d)
+        o = _newton_schulz(unit.reshape(-1, *d.shape[-2:]), iterations).reshape(d.shape)
+    o = o / _length(o, tiny)
+    e = d + share * (o * length - d)
+    if shortening:
+        cosine = (unit * o).sum((-2, -1), keepdim=True)  # positive, but for matrices of zeros
+        length = length * (cosine.clamp(min=1e-3) / _USUAL_COSINE) ** shortening
     return e * (length / _length(e, tiny))
+
+
+def as_configured(config: PolicyConfig, d: Tensor, share: Spread) -> Tensor:
+    """:func:`orthogonalised` as often, and shortened as much, as a policy's configuration says."""
+    return orthogonalised(d, share, config.orthogonal_iterations, config.orthogonal_shortening)
 
 
 def _newton_schulz(x: Tensor, iterations: int) -> Tensor:
@@ -98,7 +113,7 @@ def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], size
             continue
         numel = math.prod(shape)
         matrices = torch.stack([parts[i][0][:numel].view(matrix) for i in numbers])
-        moved = orthogonalised(matrices, config.orthogonal, config.orthogonal_iterations)
+        moved = as_configured(config, matrices, config.orthogonal)
         for i, one in zip(numbers, moved.flatten(1).unbind(), strict=True):
             parts[i] = [one, parts[i][0][numel:]]
     return torch.cat([t for part in parts for t in part])

@@ -84,6 +84,9 @@ class PolicyConfig:
         orthogonal_iterations: of Newton and Schulz; each costs six times the coordinates times the smaller side.
         orthogonal_aspect: matrices with this many rows per column or more, as large embeddings have, are not. A row of
             those belongs to one word, and most words are rare.
+        orthogonal_shortening: power of the cosine between an update and what orthogonalising makes of it, over 0.6: a
+            matrix moves less where that turns its update far, as it does where batches are tiny or inputs sparse, and
+            noise in weak directions would be made strong; 0 leaves lengths alone.
         feature_bound: features are clamped to [-feature_bound, feature_bound].
         cosine_decays: decays of the fast and the slow average of the cosine between gradient and momentum.
         features: names of the cell's inputs, in the order of its weights.
@@ -118,6 +121,7 @@ class PolicyConfig:
     orthogonal: float = 0.0
     orthogonal_iterations: int = 3
     orthogonal_aspect: float = 16.0
+    orthogonal_shortening: float = 0.0
     feature_bound: float = 4.0
     cosine_decays: tuple[float, float] = (0.8, 0.98)
     features: tuple[str, ...] = FEATURES
@@ -158,6 +162,7 @@ class PolicyConfig:
         require(0.0 <= self.orthogonal <= 1.0, "orthogonal", "in [0, 1]")
         require(1 <= self.orthogonal_iterations <= 20, "orthogonal_iterations", "between 1 and 20")
         require(self.orthogonal_aspect > 0.0, "orthogonal_aspect", "positive")
+        require(0.0 <= self.orthogonal_shortening <= 10.0, "orthogonal_shortening", "in [0, 10]")
         for name in ("gate_bound", "amplitude_bound"):
             require(1.0 <= getattr(self, name) <= 100.0, name, "in [1, 100]")
         for name in ("feature_bound", "context_bound"):

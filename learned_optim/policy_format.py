@@ -21,7 +21,7 @@ def of_this_format(values: Mapping[str, Any], version: int) -> dict[str, Any]:
         raise ValueError("rows and columns are balanced, which this learned_optim no longer does: use 0.1")
     for name in ("balance_floor", "balance_bound") if version > 1 else ():
         values.pop(name, None)
-    without = {"orthogonal": 0.0, "orthogonal_iterations": 3, "orthogonal_aspect": 16.0}
+    without = {"orthogonal": 0.0, "orthogonal_iterations": 3, "orthogonal_aspect": 16.0, "orthogonal_shortening": 0.0}
     if version < 3:
         without |= {"pace_gain": 0.0, "pace_rate": 0.0, "pace_growth": 0.01, "pace_bound": 0.7}
     return {**without, **values, "format_version": FORMAT_VERSION}

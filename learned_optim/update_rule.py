@@ -11,7 +11,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha)                 pace: the tensor's own state
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                agreement
-    d  = orthogonalised, where d is a matrix, and as long as before                  see learned_optim/orthogonal.py
+    d  = orthogonalised where d is a matrix, and shorter where that turns it far     see learned_optim/orthogonal.py
     p' = p - lr weight_decay p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of

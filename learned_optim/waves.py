@@ -20,7 +20,7 @@ from learned_optim import update_rule
 from learned_optim.cells import ORTHOGONAL, Hyperparameters
 from learned_optim.coordinates import Shapes, tensor_shape_context
 from learned_optim.features import TensorSums
-from learned_optim.orthogonal import alike, orthogonalised, rows_and_columns
+from learned_optim.orthogonal import alike, as_configured, rows_and_columns
 from learned_optim.policy import Policy, PolicyConfig
 from learned_optim.safeguard import guarded
 
@@ -187,7 +187,7 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
     parts = [unit.measure() for unit in wave]
     sums = parts[0] if len(parts) == 1 else TensorSums(*map(torch.cat, zip(*parts, strict=True)))
     values, record = head(jobs, sums)
-    iterations, most = head.config.orthogonal_iterations, limit(COPIED, values.device)
+    most = limit(COPIED, values.device)
     matrices: list[_Matrix] = []
     waiting = 0
     for unit, columns in zip(wave, values.split([len(unit.jobs) for unit in wave], dim=1), strict=True):
@@ -196,9 +196,9 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
             matrices += [_Matrix(j, found[j.place], share) for j, share in zip(unit.jobs, shares, strict=True)]
             waiting += sum(j.numel for j in unit.jobs)
         if waiting > most:
-            _step_along(matrices, iterations)
+            _step_along(head.config, matrices)
             matrices, waiting = [], 0
-    _step_along(matrices, iterations)
+    _step_along(head.config, matrices)
     return record
 
 
@@ -210,7 +210,7 @@ class _Matrix(NamedTuple):
     share: Tensor  #: 0-d
 
 
-def _step_along(matrices: list[_Matrix], iterations: int) -> None:
+def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> None:
     """Orthogonalise the updates and move the parameters, equal ones at once."""
     for numbers in alike((job.param.shape, d.dtype, job.moment) for job, d, _ in matrices):
         numel = matrices[numbers[0]].job.numel
@@ -218,7 +218,7 @@ def _step_along(matrices: list[_Matrix], iterations: int) -> None:
         for start in range(0, len(numbers), at_once):
             jobs, ds, shares = zip(*(matrices[i] for i in numbers[start : start + at_once]), strict=True)
             d = _stacked(ds).view(len(jobs), jobs[0].param.shape[0], -1)
-            d = orthogonalised(d, _stacked(shares).to(d.dtype).view(-1, 1, 1), iterations)
+            d = as_configured(config, d, _stacked(shares).to(d.dtype).view(-1, 1, 1))
             _step(jobs, d)
 
 
@@ -277,5 +277,5 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                 here = d[row : row + rows, column : column + width]
                 here.copy_(part)
                 shards.add_up(d)
-                d = orthogonalised(d, share[position[place]].to(d.dtype), config.orthogonal_iterations)
+                d = as_configured(config, d, share[position[place]].to(d.dtype))
                 _step([job], d[row : row + rows, column : column + width])

@@ -50,6 +50,28 @@ def test_rotations_and_transposition_go_through_it(size, seed, share, iterations
     torch.testing.assert_close(orthogonalised(d.T, share, iterations), found.T)
 
 
+@given(sizes, seeds, st.floats(0.0, 4.0), st.floats(1e-12, 1e12), st.sampled_from([0.5, 1.0]), st.floats(0.1, 4.0))
+def test_a_matrix_moves_less_the_further_its_update_is_turned(size, seed, spread, scale, share, power):
+    d = matrix(size, seed, spread) * scale
+    o = orthogonalised(d, 1.0, 5)
+    cosine = float((d * o).sum() / (d.norm() * o.norm()))
+    found, longer = orthogonalised(d, share, 5, power), orthogonalised(d, share, 5)
+    torch.testing.assert_close(found, longer * (cosine / 0.6) ** power, rtol=1e-9, atol=0)
+
+
+def test_updates_of_few_directions_are_those_that_are_shortened():
+    """By their cosine: near 1/sqrt(n) for one direction out of n when noise is made as strong, 1 when all are alike."""
+    rng = torch.Generator().manual_seed(0)
+    noise = torch.randn(64, 64, dtype=torch.float64, generator=rng)
+    one = torch.outer(noise[0], noise[1]) + 0.01 * noise
+    alike = matrix((64, 64), 0, spread=0.0)
+    of_one, of_noise, of_alike = (
+        0.6 * float(orthogonalised(d, 1.0, 5, 1.0).norm() / d.norm()) for d in (one, noise, alike)
+    )
+    assert 0.12 < of_one < 0.2 < 0.75 < of_noise < 0.95
+    assert of_alike == pytest.approx(1.0)
+
+
 def test_more_of_it_is_nearer_to_equal_singular_values():
     d = matrix((8, 20), 0, spread=3.0)
 
@@ -66,7 +88,12 @@ def test_more_of_it_is_nearer_to_equal_singular_values():
 def test_none_of_it_leaves_the_bits_and_zeros_stay_zeros():
     d = matrix((5, 7), 3).float()
     assert_same_bits([orthogonalised(d, 0.0, 3)], [d])
-    assert not orthogonalised(torch.zeros(4, 3), 1.0, 5).any()
+    for shortening in (0.0, 0.5, 2.0):
+        zeros = torch.zeros(4, 3, requires_grad=True)
+        found = orthogonalised(zeros, 1.0, 5, shortening)
+        found.sum().backward()
+        assert not found.any()
+        assert zeros.grad.isfinite().all()
 
 
 @pytest.mark.parametrize(

@@ -107,6 +107,7 @@ def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed)
         {"pace_rate": 0.5, "pace_growth": 0.2, "pace_bound": 0.3},
         {"orthogonal": 0.5},
         {"orthogonal": 1.0, "orthogonal_iterations": 5},
+        {"orthogonal": 0.7, "orthogonal_shortening": 2.5},
     ],
 )
 def test_every_field_of_the_configuration_means_what_the_transcription_says(changes):

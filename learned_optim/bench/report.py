@@ -154,8 +154,9 @@ def _summary(result: QualityResult, contender: Contender) -> dict[str, float | s
             found["time per step, over the reference's"] = s.time_ratio
     tuned = [c for c in result.contenders if c.role == "learned, tuned" and c.label == contender.label]
     for c in tuned:
-        s = summarise(compare_all(result, c.name, REFERENCE))
-        found[f"speedup over {REFERENCE}, geometric mean, lr tuned too"] = s.speedup
+        for name in baselines:
+            s = summarise(compare_all(result, c.name, name))
+            found[f"speedup over {name}, geometric mean, lr tuned too"] = s.speedup
     for c in [c for c in result.contenders if c.role == "ablation" and c.label == contender.label]:
         found[f"speedup over {REFERENCE}, {c.name}"] = _plus_minus(summarise(compare_all(result, c.name, REFERENCE)))
     return {key: _rounded(value) for key, value in found.items() if value is not None}
