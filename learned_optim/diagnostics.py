@@ -42,7 +42,7 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
     gates = [torch.maximum(rate, 1.0 / step).clamp(max=1.0) for rate in coeff.rates]
     of_momentum = (1.0 - beta1) / (1.0 - beta1**step)
     all_gates = torch.stack([of_momentum, torch.ones_like(step), *gates])
-    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.disagreeing)
+    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.disagreeing) * _lengths(record)
     size = weights.sum(0)
     names = ["momentum", "gradient", *(f"hidden_{j}" for j in range(len(coeff.hidden)))]
     return {
@@ -67,12 +67,21 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
     }
 
 
+def _lengths(record: Record) -> Tensor:
+    """How much longer or shorter updates are for having been orthogonalised, [K]: 1 for those that were not."""
+    number = {place: i for i, place in enumerate(record.places)}
+    found = torch.ones(len(number), dtype=record.numel.dtype, device=record.numel.device)
+    for places, factors in record.lengths:
+        found[[number[place] for place in places]] = factors.to(found)
+    return found
+
+
 def _update_rms(weights: Tensor, gates: Tensor, u_u: Tensor, b_b: Tensor, h_h: Tensor, keep: Tensor) -> Tensor:
     """The rms of d, [K], from what is known of the averages that it is mixed of.
 
     The gradient is taken for a constant signal in white noise. Two averages with gates y and z then have the product
     signal + noise y z / (y + z - y z); how much is signal is seen from the momentum, whose size is known. That of h_1
-    is known too. Each coordinate's amplitude is left out; orthogonalising keeps the rms. Coordinates of d and u are
+    is known too. Each coordinate's amplitude is left out. Coordinates of d and u are
     taken for normal where those that disagree are made smaller.
 
     Args:

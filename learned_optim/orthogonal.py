@@ -44,9 +44,10 @@ def rows_and_columns(shape: Sequence[int], aspect: float) -> tuple[int, int] | N
     return (shape[0], columns) if columns > 1 and shape[0] < aspect * columns else None
 
 
-def orthogonalised(d: Tensor, share: Spread, iterations: int, shortening: float = 0.0) -> Tensor:
-    """d' of the module's description, for one matrix or many of the same size: products of small ones cost little more
-    together than one of them does.
+def orthogonalised(d: Tensor, share: Spread, iterations: int, shortening: float = 0.0) -> tuple[Tensor, Tensor]:
+    """d' of the module's description, for one matrix or many of the same size, and how long it is over d, [..., 1, 1].
+
+    Products of small ones cost little more together than one of them does.
 
     Args:
         d: [..., rows, columns], float32 or float64.
@@ -62,13 +63,14 @@ def orthogonalised(d: Tensor, share: Spread, iterations: int, shortening: float 
         o = _newton_schulz(unit.reshape(-1, *d.shape[-2:]), iterations).reshape(d.shape)
     o = o / _length(o, tiny)
     e = d + share * (o * length - d)
+    factor = torch.ones_like(length)
     if shortening:
         cosine = (unit * o).sum((-2, -1), keepdim=True)  # positive, but for matrices of zeros
-        length = length * (cosine.clamp(min=1e-3) / _USUAL_COSINE) ** shortening
-    return e * (length / _length(e, tiny))
+        factor = (cosine.clamp(min=1e-3) / _USUAL_COSINE) ** shortening
+    return e * (length * factor / _length(e, tiny)), factor
 
 
-def as_configured(config: PolicyConfig, d: Tensor, share: Spread) -> Tensor:
+def as_configured(config: PolicyConfig, d: Tensor, share: Spread) -> tuple[Tensor, Tensor]:
     """:func:`orthogonalised` as often, and shortened as much, as a policy's configuration says."""
     return orthogonalised(d, share, config.orthogonal_iterations, config.orthogonal_shortening)
 
@@ -113,7 +115,7 @@ def whole(config: PolicyConfig, d: Tensor, shapes: Sequence[Sequence[int]], size
             continue
         numel = math.prod(shape)
         matrices = torch.stack([parts[i][0][:numel].view(matrix) for i in numbers])
-        moved = as_configured(config, matrices, config.orthogonal)
+        moved, _ = as_configured(config, matrices, config.orthogonal)
         for i, one in zip(numbers, moved.flatten(1).unbind(), strict=True):
             parts[i] = [one, parts[i][0][numel:]]
     return torch.cat([t for part in parts for t in part])

@@ -55,6 +55,9 @@ class Record(NamedTuple):
     coefficients: Tensor  #: [C, K]
     memory: Tensor  #: [3, K]
     trust: Tensor | None  #: [K], and more, where there is a safeguard
+    lengths: list[
+        tuple[list[tuple[int, int]], Tensor]
+    ]  #: places, and factors that orthogonalising made updates longer by
 
 
 class _Columns(NamedTuple):
@@ -143,7 +146,7 @@ class Head:
             trust = trust[0]
         values = values[:, :count]
         places, hypers = [job.place for job in jobs], [moment.hyper for moment in moments]
-        return values, Record(places, steps, hypers, layout.numel, sums, values, memory, trust)
+        return values, Record(places, steps, hypers, layout.numel, sums, values, memory, trust, [])
 
 
 def _gathered(matrix: Tensor, views: list[Tensor], numbers: list[Tensor], columns: int) -> Tensor:
@@ -196,9 +199,9 @@ def _run_wave(head: Head, wave: list[Unit]) -> Record:
             matrices += [_Matrix(j, found[j.place], share) for j, share in zip(unit.jobs, shares, strict=True)]
             waiting += sum(j.numel for j in unit.jobs)
         if waiting > most:
-            _step_along(head.config, matrices)
+            record.lengths.extend(_step_along(head.config, matrices))
             matrices, waiting = [], 0
-    _step_along(head.config, matrices)
+    record.lengths.extend(_step_along(head.config, matrices))
     return record
 
 
@@ -210,16 +213,17 @@ class _Matrix(NamedTuple):
     share: Tensor  #: 0-d
 
 
-def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> None:
-    """Orthogonalise the updates and move the parameters, equal ones at once."""
+def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+    """Orthogonalise the updates and move the parameters, equal ones at once: which, and how much longer they became."""
     for numbers in alike((job.param.shape, d.dtype, job.moment) for job, d, _ in matrices):
         numel = matrices[numbers[0]].job.numel
         at_once = max(1, limit(MULTIPLIED, matrices[0].d.device) // numel)
         for start in range(0, len(numbers), at_once):
             jobs, ds, shares = zip(*(matrices[i] for i in numbers[start : start + at_once]), strict=True)
             d = _stacked(ds).view(len(jobs), jobs[0].param.shape[0], -1)
-            d = as_configured(config, d, _stacked(shares).to(d.dtype).view(-1, 1, 1))
+            d, factors = as_configured(config, d, _stacked(shares).to(d.dtype).view(-1, 1, 1))
             _step(jobs, d)
+            yield [job.place for job in jobs], factors.flatten()
 
 
 def _step(jobs: Sequence[Job], d: Tensor) -> None:
@@ -257,11 +261,13 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
     position = {job.place: i for i, job in enumerate(jobs)}
     found: dict[tuple[int, int], Tensor] = {}
     share = sums.new_zeros(len(jobs))
+    lengths: list[tuple[list[tuple[int, int]], Tensor]] = []
     if jobs:
         values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
         share = values[ORTHOGONAL]
         for unit in kept if copied <= most else (unit for unit, _ in backend.units(jobs)):
             found |= unit.apply(values[:, [position[job.place] for job in unit.jobs]])
+        lengths = record.lengths
         yield record
     config = backend.head.config
     if config.orthogonal:
@@ -277,5 +283,6 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                 here = d[row : row + rows, column : column + width]
                 here.copy_(part)
                 shards.add_up(d)
-                d = as_configured(config, d, share[position[place]].to(d.dtype))
+                d, factor = as_configured(config, d, share[position[place]].to(d.dtype))
+                lengths.append(([place], factor.flatten()))
                 _step([job], d[row : row + rows, column : column + width])

@@ -9,7 +9,12 @@ from hypothesis import strategies as st
 from support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make
 
 from learned_optim import Policy, PolicyConfig, orthogonal
-from learned_optim.orthogonal import orthogonalised, rows_and_columns
+from learned_optim.orthogonal import rows_and_columns
+
+
+def orthogonalised(*args):
+    return orthogonal.orthogonalised(*args)[0]
+
 
 sizes = st.tuples(st.integers(2, 12), st.integers(2, 12))
 seeds = st.integers(0, 10_000)
@@ -57,6 +62,8 @@ def test_a_matrix_moves_less_the_further_its_update_is_turned(size, seed, spread
     cosine = float((d * o).sum() / (d.norm() * o.norm()))
     found, longer = orthogonalised(d, share, 5, power), orthogonalised(d, share, 5)
     torch.testing.assert_close(found, longer * (cosine / 0.6) ** power, rtol=1e-9, atol=0)
+    factor = orthogonal.orthogonalised(d, share, 5, power)[1]
+    assert float(factor) == pytest.approx(float(found.norm() / d.norm()))
 
 
 def test_updates_of_few_directions_are_those_that_are_shortened():
