@@ -68,7 +68,7 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
 
 
 def _lengths(record: Record) -> Tensor:
-    """How much longer or shorter updates are for having been orthogonalised, [K]: 1 for those that were not."""
+    """What orthogonalising multiplied the lengths of updates by, [K]: 1 where it was not done."""
     number = {place: i for i, place in enumerate(record.places)}
     found = torch.ones(len(number), dtype=record.numel.dtype, device=record.numel.device)
     for places, factors in record.lengths:

@@ -84,7 +84,7 @@ class PolicyConfig:
         orthogonal_iterations: of Newton and Schulz; each costs six times the coordinates times the smaller side.
         orthogonal_aspect: matrices with this many rows per column or more, as large embeddings have, are not. A row of
             those belongs to one word, and most words are rare.
-        orthogonal_shortening: power of the cosine between an update and what orthogonalising makes of it, over 0.6: a
+        orthogonal_shortening: power of the cosine between an update and what orthogonalising makes of it, over 0.7: a
             matrix moves less where that turns its update far, as it does where batches are tiny or inputs sparse, and
             noise in weak directions would be made strong; 0 leaves lengths alone.
         feature_bound: features are clamped to [-feature_bound, feature_bound].

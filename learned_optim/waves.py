@@ -57,7 +57,7 @@ class Record(NamedTuple):
     trust: Tensor | None  #: [K], and more, where there is a safeguard
     lengths: list[
         tuple[list[tuple[int, int]], Tensor]
-    ]  #: places, and factors that orthogonalising made updates longer by
+    ]  #: places, and how long updates are over what they were before orthogonalising
 
 
 class _Columns(NamedTuple):
@@ -214,7 +214,7 @@ class _Matrix(NamedTuple):
 
 
 def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
-    """Orthogonalise the updates and move the parameters, equal ones at once: which, and how much longer they became."""
+    """Orthogonalise updates and move the parameters, equal ones at once: which, and how long they are over before."""
     for numbers in alike((job.param.shape, d.dtype, job.moment) for job, d, _ in matrices):
         numel = matrices[numbers[0]].job.numel
         at_once = max(1, limit(MULTIPLIED, matrices[0].d.device) // numel)

@@ -128,7 +128,7 @@ class ReferenceTensor:
         mixed = [(1.0 - share) * x + share * y * length / of_o for x, y in zip(d, o, strict=True)]
         of_mixed = math.sqrt(sum(x * x for x in mixed))
         cosine = dot(d, o) / (length * of_o)
-        length *= (cosine / 0.6) ** self.config.orthogonal_shortening
+        length *= min(1.0, cosine / 0.7) ** self.config.orthogonal_shortening
         return [x * length / of_mixed for x in mixed]
 
     def context(self, p, u, b, r, h1):

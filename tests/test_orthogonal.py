@@ -61,22 +61,22 @@ def test_a_matrix_moves_less_the_further_its_update_is_turned(size, seed, spread
     o = orthogonalised(d, 1.0, 5)
     cosine = float((d * o).sum() / (d.norm() * o.norm()))
     found, longer = orthogonalised(d, share, 5, power), orthogonalised(d, share, 5)
-    torch.testing.assert_close(found, longer * (cosine / 0.6) ** power, rtol=1e-9, atol=0)
+    torch.testing.assert_close(found, longer * min(1.0, cosine / 0.7) ** power, rtol=1e-9, atol=0)
     factor = orthogonal.orthogonalised(d, share, 5, power)[1]
     assert float(factor) == pytest.approx(float(found.norm() / d.norm()))
 
 
 def test_updates_of_few_directions_are_those_that_are_shortened():
-    """By their cosine: near 1/sqrt(n) for one direction out of n when noise is made as strong, 1 when all are alike."""
+    """By their cosine, near 1/sqrt(n) for one direction out of n when noise is made as strong."""
     rng = torch.Generator().manual_seed(0)
     noise = torch.randn(64, 64, dtype=torch.float64, generator=rng)
     one = torch.outer(noise[0], noise[1]) + 0.01 * noise
     alike = matrix((64, 64), 0, spread=0.0)
     of_one, of_noise, of_alike = (
-        0.6 * float(orthogonalised(d, 1.0, 5, 1.0).norm() / d.norm()) for d in (one, noise, alike)
+        0.7 * float(orthogonalised(d, 1.0, 5, 1.0).norm() / d.norm()) for d in (one, noise, alike)
     )
-    assert 0.12 < of_one < 0.2 < 0.75 < of_noise < 0.95
-    assert of_alike == pytest.approx(1.0)
+    assert 0.12 < of_one < 0.2
+    assert [of_noise, of_alike] == pytest.approx([0.7, 0.7])
 
 
 def test_more_of_it_is_nearer_to_equal_singular_values():
