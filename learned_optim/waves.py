@@ -55,9 +55,8 @@ class Record(NamedTuple):
     coefficients: Tensor  #: [C, K]
     memory: Tensor  #: [3, K]
     trust: Tensor | None  #: [K], and more, where there is a safeguard
-    lengths: list[
-        tuple[list[tuple[int, int]], Tensor]
-    ]  #: places, and how long updates are over what they were before orthogonalising
+    #: Places, and how long their updates are over what they were before orthogonalising.
+    lengths: list[tuple[list[tuple[int, int]], Tensor]]
 
 
 class _Columns(NamedTuple):

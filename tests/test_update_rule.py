@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 
 import pytest
 import torch
 from reference import ReferenceTensor
 from support import POLICIES, give_gradients, leaves, make, random_policy
 
-from learned_optim import Policy, PolicyConfig, update_rule
+from learned_optim import Policy, PolicyConfig, orthogonal, update_rule
 from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.coordinates import Segments, Whole
 from learned_optim.policy import FEATURES
@@ -113,6 +114,20 @@ def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed)
 def test_every_field_of_the_configuration_means_what_the_transcription_says(changes):
     policy = random_policy(PolicyConfig(**changes))
     assert_follows_reference(policy, [(3, 4)], Whole((3, 4)))
+
+
+def test_updates_of_few_directions_are_shortened_as_the_transcription_says(monkeypatch):
+    def of_few_directions(shapes, steps, generator):
+        for _ in range(steps):
+            rows, columns, noise = (torch.randn(n, generator=generator, dtype=torch.float64) for n in (8, 9, 72))
+            yield [torch.outer(rows, columns) + 0.1 * noise.view(8, 9)]
+
+    monkeypatch.setattr(sys.modules[__name__], "gradients", of_few_directions)
+    policy = random_policy(PolicyConfig(orthogonal=0.7, orthogonal_shortening=2.5))
+    assert_follows_reference(policy, [(8, 9)], Whole((8, 9)))
+    monkeypatch.setattr(orthogonal, "_UNTURNED", 0.6)
+    with pytest.raises(AssertionError):  # so it is shortened here
+        assert_follows_reference(policy, [(8, 9)], Whole((8, 9)))
 
 
 @pytest.mark.parametrize(
