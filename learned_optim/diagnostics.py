@@ -81,8 +81,8 @@ def _update_rms(weights: Tensor, gates: Tensor, u_u: Tensor, b_b: Tensor, h_h: T
 
     The gradient is taken for a constant signal in white noise. Two averages with gates y and z then have the product
     signal + noise y z / (y + z - y z); how much is signal is seen from the momentum, whose size is known. That of h_1
-    is known too. Each coordinate's amplitude is left out. Coordinates of d and u are
-    taken for normal where those that disagree are made smaller.
+    is known too. Each coordinate's amplitude is left out. Coordinates of d and u are taken for normal where those that
+    disagree are made smaller.
 
     Args:
         weights: [M, K], of momentum, gradient and hidden units.

@@ -44,6 +44,13 @@ COLUMNS = 16
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 
+class Lengths(NamedTuple):
+    """How long updates are over what they were before orthogonalising."""
+
+    places: list[tuple[int, int]]
+    factors: Tensor  #: [len(places)]
+
+
 class Record(NamedTuple):
     """What the head saw and said of K tensors in their last step: a few dozen numbers each."""
 
@@ -55,8 +62,7 @@ class Record(NamedTuple):
     coefficients: Tensor  #: [C, K]
     memory: Tensor  #: [3, K]
     trust: Tensor | None  #: [K], and more, where there is a safeguard
-    #: Places, and how long their updates are over what they were before orthogonalising.
-    lengths: list[tuple[list[tuple[int, int]], Tensor]]
+    lengths: list[Lengths]  #: of those that were orthogonalised
 
 
 class _Columns(NamedTuple):
@@ -212,7 +218,7 @@ class _Matrix(NamedTuple):
     share: Tensor  #: 0-d
 
 
-def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> Iterator[tuple[list[tuple[int, int]], Tensor]]:
+def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> Iterator[Lengths]:
     """Orthogonalise updates and move the parameters, equal ones at once: which, and how long they are over before."""
     for numbers in alike((job.param.shape, d.dtype, job.moment) for job, d, _ in matrices):
         numel = matrices[numbers[0]].job.numel
@@ -222,7 +228,7 @@ def _step_along(config: PolicyConfig, matrices: list[_Matrix]) -> Iterator[tuple
             d = _stacked(ds).view(len(jobs), jobs[0].param.shape[0], -1)
             d, factors = as_configured(config, d, _stacked(shares).to(d.dtype).view(-1, 1, 1))
             _step(jobs, d)
-            yield [job.place for job in jobs], factors.flatten()
+            yield Lengths([job.place for job in jobs], factors.flatten())
 
 
 def _step(jobs: Sequence[Job], d: Tensor) -> None:
@@ -260,7 +266,7 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
     position = {job.place: i for i, job in enumerate(jobs)}
     found: dict[tuple[int, int], Tensor] = {}
     share = sums.new_zeros(len(jobs))
-    lengths: list[tuple[list[tuple[int, int]], Tensor]] = []
+    lengths: list[Lengths] = []
     if jobs:
         values, record = backend.head(jobs, TensorSums(*sums[:, [columns[job.place] for job in jobs]].unbind()))
         share = values[ORTHOGONAL]
@@ -283,5 +289,5 @@ def run_shards(backend: Backend, jobs: list[Job], shards: Shards) -> Iterator[Re
                 here.copy_(part)
                 shards.add_up(d)
                 d, factor = as_configured(config, d, share[position[place]].to(d.dtype))
-                lengths.append(([place], factor.flatten()))
+                lengths.append(Lengths([place], factor.flatten()))
                 _step([job], d[row : row + rows, column : column + width])
