@@ -76,7 +76,7 @@ def summary(runs: list[dict], adamw: list[dict]) -> dict[str, str]:
     for run, other in zip(runs, adamw, strict=True):
         reached += [s for s, loss in zip(run["step"], run["train"], strict=True) if loss <= other["train"][-1]][:1]
     return {
-        "training loss, end": spread([run["train"][-1] for run in runs], ".5f"),
+        "training loss, end": spread([run["train"][-1] for run in runs], ".2g"),
         "steps to AdamW's loss": spread(reached, ".0f") if len(reached) == len(runs) else "not reached",
         "held-out loss, lowest": spread([min(run["held_out"]) for run in runs], ".3f"),
         "held-out loss, end": spread([run["held_out"][-1] for run in runs], ".3f"),
