@@ -4,7 +4,7 @@ A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and c
 whose key ``table`` maps optimizers to figures; ``quality`` comes from the bundled policy's ``results.json``, ``step``
 from that of ``learned-optim bench --suite step --out docs/step``. ``peers.json`` and ``ablations.json`` are the
 ``results.json`` of ``learned-optim bench --suite quality --keep 3 --backend compiled``, the latter's with
-``--ablations --seeds 1``; the row of ``elementwise`` in the former is from a run with ``--policies elementwise``.
+``--ablations --seeds 3``; the row of ``elementwise`` in the former is from a run with ``--policies elementwise``.
 ``--check`` changes nothing and fails if README.md is not current.
 """
 
