@@ -39,7 +39,8 @@ MODULES: dict[str, tuple[int, tuple[str, ...]]] = {
                           "tests/test_checkpoints.py", "tests/test_dtypes_and_layouts.py", "tests/test_life.py",
                           "tests/test_sharding.py")),
     "orthogonal.py": (8, ("tests/test_orthogonal.py",)),
-    "waves.py": (6, ("tests/test_orthogonal.py", "tests/test_backends.py", "tests/test_step.py")),
+    "waves.py": (6, ("tests/test_orthogonal.py", "tests/test_backends.py", "tests/test_step.py",
+                     "tests/test_sharding.py")),
     "saved_state.py": (6, ("tests/test_checkpoints.py", "tests/test_sharding.py")),
     "arguments.py": (6, ("tests/test_construction.py",)),
     "meta_train/unroll.py": (10, ("tests/meta_train/test_unroll.py",)),
@@ -61,6 +62,11 @@ EXPLAINED: dict[tuple[str, str, str], str] = {
         'own = [name for name in values if name in (*MEMORY, "trust")]',
         'own = [name for name in values if name not in (*MEMORY, "trust")]',
     ): "Noticed by the test of classic FSDP in `test_parallel_training.py`, which takes too long to be run here.",
+    (
+        "optimizer.py",
+        'state["trust"] = torch.zeros_like(state[MEMORY[0]])',
+        'state["trust"] = torch.zeros_like(state[MEMORY[1]])',
+    ): "The same: both are single numbers of one dtype and device.",
     ("meta_train/unroll.py", "segment: int = 0", "segment: int = 1"): (
         "The same numbers: segments only say what is kept in memory."
     ),
