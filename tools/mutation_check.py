@@ -31,7 +31,7 @@ from typing import Any
 ROOT = Path(__file__).parent.parent
 LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg-info", ".ruff_cache", "demo")
 
-#: Module: how many faults of 86, and the tests that cover it, the quickest first.
+#: Module: its part of all faults, and the tests that cover it, the quickest first.
 MODULES: dict[str, tuple[int, tuple[str, ...]]] = {
     "update_rule.py": (12, ("tests/test_update_rule.py", "tests/test_properties.py", "tests/test_step.py",
                             "tests/meta_train/test_unroll.py")),
