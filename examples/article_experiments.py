@@ -91,13 +91,13 @@ def curves(family: TaskFamily, make: Callable[[list[Tensor]], Any], count: int) 
 
 
 def compare(family: TaskFamily, policy: Policy, inner_lr: float, count: int) -> dict[str, Tensor]:
-    found = {}
+    losses = {}
     for cls in (torch.optim.SGD, torch.optim.Adam):
         tried = {lr: curves(family, lambda p, lr=lr, cls=cls: cls(p, lr=lr), count) for lr in RATES}
         best = min(tried, key=lambda lr: float(tried[lr][:, -1].mean().nan_to_num(math.inf)))
-        found[f"{cls.__name__}, lr {best:.2g}"] = tried[best]
+        losses[f"{cls.__name__}, lr {best:.2g}"] = tried[best]
     learned = lambda p: LearnedOptimizer(p, lr=inner_lr, weight_decay=0.0, policy=policy)  # noqa: E731
-    return found | {"learned": curves(family, learned, count)}
+    return losses | {"learned": curves(family, learned, count)}
 
 
 def main() -> None:

@@ -62,7 +62,7 @@ def main() -> None:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         if not args.real:
             sys.path.insert(0, str(ROOT / "tests"))
-            from loopback_hub import OWNER, LoopbackHub
+            from helpers.loopback_hub import OWNER, LoopbackHub
 
             environment |= stack.enter_context(LoopbackHub()).environment(folder, OWNER)
 

@@ -35,8 +35,8 @@ class Spirals:
         while True:
             side = torch.randint(2, (64,), generator=rng)
             angle = 6 * torch.rand(64, generator=rng)
-            place = angle + math.pi * side
-            yield torch.stack([place.cos(), place.sin()], 1) * angle[:, None] / 3, side.float()[:, None]
+            phase = angle + math.pi * side
+            yield torch.stack([phase.cos(), phase.sin()], 1) * angle[:, None] / 3, side.float()[:, None]
 
     def loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor], batch: tuple[Tensor, Tensor]) -> Tensor:
         hidden = (batch[0] @ params["w1"] + params["b1"]).relu()

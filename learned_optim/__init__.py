@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learned_optim.optimizer import LearnedOptimizer as LearnedOptimizer
-    from learned_optim.policy import Policy as Policy
-    from learned_optim.policy import PolicyConfig as PolicyConfig
+    from learned_optim.policy.policy import Policy as Policy
+    from learned_optim.rule.config import PolicyConfig as PolicyConfig
 
 __version__ = "0.1.0"
 
 _WHERE = {
     "LearnedOptimizer": "learned_optim.optimizer",
-    "Policy": "learned_optim.policy",
-    "PolicyConfig": "learned_optim.policy",
+    "Policy": "learned_optim.policy.policy",
+    "PolicyConfig": "learned_optim.rule.config",
 }
 __all__ = ["LearnedOptimizer", "Policy", "PolicyConfig", "__version__"]
 

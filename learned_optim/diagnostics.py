@@ -8,41 +8,43 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim import update_rule
-from learned_optim.policy import PolicyConfig
-from learned_optim.waves import Record
+from learned_optim.engine.head import StepRecord
+from learned_optim.engine.param_state import ParamIndex
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.types import Coefficients
 
 
-def of_records(
-    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], records: Iterable[Record]
+def figures_by_parameter(
+    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], records: Iterable[StepRecord]
 ) -> dict[str, dict[str, float]]:
     """See :meth:`learned_optim.LearnedOptimizer.diagnostics`."""
-    found: dict[tuple[int, int], dict[str, float]] = {}
+    rows: dict[ParamIndex, dict[str, float]] = {}
     for record in records:
         figures = _figures(config, record)
         table = torch.stack(list(figures.values())).T.tolist()  # one transfer from the device
-        found |= {place: dict(zip(figures, row, strict=True)) for place, row in zip(record.places, table, strict=True)}
-    return {_name(groups, place): found[place] for place in sorted(found)}
+        rows |= {index: dict(zip(figures, row, strict=True)) for index, row in zip(record.params, table, strict=True)}
+    return {_name(groups, index): rows[index] for index in sorted(rows)}
 
 
-def _name(groups: Sequence[Mapping[str, Any]], place: tuple[int, int]) -> str:
-    group, index = place
+def _name(groups: Sequence[Mapping[str, Any]], param_index: ParamIndex) -> str:
+    group, index = param_index
     names = groups[group].get("param_names")
     return names[index] if names else f"{group}.{index}"
 
 
-def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
+def _figures(config: PolicyConfig, record: StepRecord) -> dict[str, Tensor]:
     """[K] each."""
-    count = len(record.places)
-    numel, memory = record.numel[:count], record.memory[:, :count]
+    count = len(record.params)
+    numel = record.numel[:count]
+    state = record.tensor_state
     step, lr, beta1 = numel.new_tensor([(t, h.lr, h.beta1) for t, h in zip(record.steps, record.hypers, strict=True)]).T
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
-    coeff: Any = update_rule.named_coefficients(config, record.coefficients.unbind())
+    coeff: Any = Coefficients.of_rows(record.coefficients.unbind(), len(config.hidden_weights))
     weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])
     gates = [torch.maximum(rate, 1.0 / step).clamp(max=1.0) for rate in coeff.rates]
     of_momentum = (1.0 - beta1) / (1.0 - beta1**step)
     all_gates = torch.stack([of_momentum, torch.ones_like(step), *gates])
-    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.disagreeing) * _lengths(record)
+    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.caution_factor) * _length_factors(record)
     size = weights.sum(0)
     names = ["momentum", "gradient", *(f"hidden_{j}" for j in range(len(coeff.hidden)))]
     return {
@@ -50,7 +52,7 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
         "lr": lr,
         "step_size": size,
         **{f"share_{name}": w / size for name, w in zip(names, weights, strict=True)},
-        "disagreeing": coeff.disagreeing,
+        "caution_factor": coeff.caution_factor,
         "update_rms": update,
         "update_to_adamw": update / b_b.sqrt().clamp(min=1e-30),
         "rms_gradient": u_u.sqrt(),
@@ -58,22 +60,22 @@ def _figures(config: PolicyConfig, record: Record) -> dict[str, Tensor]:
         "rms_parameter": p_p.sqrt(),
         "sparsity": 1.0 - abs_b.square() / b_b.clamp(min=1e-60),
         "cosine": u_r / (u_u * r_r).sqrt().clamp(min=1e-30),
-        "cosine_fast": memory[0],
-        "cosine_slow": memory[1],
-        "pace": memory[2].exp(),
+        "cosine_fast": state.cosine_fast[:count],
+        "cosine_slow": state.cosine_slow[:count],
+        "pace": state.log_pace[:count].exp(),
         "rms_hidden_0": h_h.sqrt(),
         **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
-        **({} if record.trust is None else {"trust": record.trust[:count]}),
+        **({} if state.trust is None else {"trust": state.trust[:count]}),
     }
 
 
-def _lengths(record: Record) -> Tensor:
+def _length_factors(record: StepRecord) -> Tensor:
     """What orthogonalising multiplied the lengths of updates by, [K]: 1 where it was not done."""
-    number = {place: i for i, place in enumerate(record.places)}
-    found = torch.ones(len(number), dtype=record.numel.dtype, device=record.numel.device)
-    for places, factors in record.lengths:
-        found[[number[place] for place in places]] = factors.to(found)
-    return found
+    position = {index: i for i, index in enumerate(record.params)}
+    all_factors = torch.ones(len(position), dtype=record.numel.dtype, device=record.numel.device)
+    for params, factors in record.length_factors:
+        all_factors[[position[index] for index in params]] = factors.to(all_factors)
+    return all_factors
 
 
 def _update_rms(weights: Tensor, gates: Tensor, u_u: Tensor, b_b: Tensor, h_h: Tensor, keep: Tensor) -> Tensor:

@@ -11,21 +11,22 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_optim.arguments import check_group
-from learned_optim.backends import arithmetic_dtype
-from learned_optim.cells import Hyperparameters
-from learned_optim.choice import make_backend
-from learned_optim.diagnostics import of_records
-from learned_optim.jobs import MEMORY, Job, Moment, hyperparameters
-from learned_optim.policy import Policy
-from learned_optim.saved_state import AsSaved, checked
-from learned_optim.sharding import find_shards, origin
-from learned_optim.waves import Record, run, run_shards
+from learned_optim.diagnostics import figures_by_parameter
+from learned_optim.engine.auto import make_backend
+from learned_optim.engine.head import StepRecord
+from learned_optim.engine.hyperparameters import StepContext, check_group, hyperparameters
+from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, TENSOR_KEYS, ParamIndex, ParamState, arithmetic_dtype
+from learned_optim.engine.sharding import find_shards, origin
+from learned_optim.engine.step import Backend, run_step
+from learned_optim.policy.policy import Policy
+from learned_optim.rule.cells import CELLS
+from learned_optim.rule.types import Hyperparameters
+from learned_optim.state_dict import AsSaved, checked, without_pieces_of_fsdp
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
 
-_ONE = torch.tensor(1.0, device="cpu")  # a number would be made a tensor anew for each that it is added to
+_ONE = torch.tensor(1.0, device="cpu")  # a float would be made a tensor anew for each that it is added to
 _STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -35,7 +36,7 @@ class LearnedOptimizer(Optimizer):
     .. code-block:: text
 
         input : lr, beta1, beta2, eps, weight_decay, parameters p, policy (f: bounded factor, 1 at 0)
-        state : m, v, h_1 .. h_4, all zero, per coordinate; two averages of a cosine and a, per tensor
+        state : m, v, h_1 .. h_H, all zero, per coordinate; two averages of a cosine and a, per tensor
         for t = 1, 2, ... do, for every tensor
             g   = gradient (negated if maximize)
             m   = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
@@ -44,10 +45,14 @@ class LearnedOptimizer(Optimizer):
             s, w, kappa, rates = head(c)                                            once per tensor
             x   = features of the coordinate: u, b, h_1, p over their rms
             z_j = clamp(rate_j f(W_j x), 1/t, 1)
-            h_j = h_j + z_j (u - h_j)                                               recurrent, 4 per coordinate
+            h_j = h_j + z_j (u - h_j)                                               recurrent, H per coordinate
             a   = clamp(a + min(delta, gamma cos + rho S c), -alpha, alpha)         pace, recurrent too
             d   = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q x)
-            d   = (1 - kappa) d where d u < 0
+            d   = (1 - kappa) d where d u < 0                                       caution
+            if d is a matrix, and the policy orthogonalises with share w:
+                o = polar(d) |d| / |polar(d)|,   c = <d, o> / |d|^2                 |.|: Frobenius norm
+                e = d + w (o - d)
+                d = e |d| / |e| min(1, c / 0.7)^q                                   damped where it turns far
             p   = p - lr weight_decay p - lr d
 
     ``lr`` has Adam's unit and scales the whole update; an existing learning rate and schedule carry over, but the
@@ -90,7 +95,7 @@ class LearnedOptimizer(Optimizer):
 
     The rule grew out of Wolf, "From zero to research: an introduction to meta-learning" (2018) and Andrychowicz et
     al., "Learning to learn by gradient descent by gradient descent" (2016); its growing window is that of
-    schedule-free learning (Defazio et al. 2024), its agreement gate that of Liang et al., "Cautious Optimizers" (2024).
+    schedule-free learning (Defazio et al. 2024), its caution that of Liang et al., "Cautious Optimizers" (2024).
     """
 
     def __init__(
@@ -113,14 +118,14 @@ class LearnedOptimizer(Optimizer):
         if not isinstance(safeguard, bool):
             raise TypeError(f"Invalid safeguard: {safeguard!r}; expected True or False")
         self.policy = _resolve(policy, revision)
-        if safeguard and self.policy.config.cell != "gated":
+        if safeguard and not CELLS[self.policy.config.cell].is_mixture:
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
         self.safeguard = safeguard
         self.state_dtype = state_dtype
         self._backend_name = backend
-        self._backend = make_backend(backend, self.policy)
-        self._records: list[Record] = []  # of the last step
-        self._jobs: dict[tuple[int, int], Job] = {}  # of the last steps
+        self._backend = self._make_backend()
+        self._records: list[StepRecord] = []  # of the last step
+        self._params: dict[ParamIndex, ParamState] = {}  # of the last steps
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": self.policy.config.betas if betas is None else betas,
@@ -140,7 +145,7 @@ class LearnedOptimizer(Optimizer):
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """What the rule did in the last step, for each parameter that it updated.
 
-        Computed when asked, from a few dozen numbers per tensor that the step leaves behind: no pass over memory, no
+        Computed when asked, from a few dozen values per tensor that the step leaves behind: no pass over memory, no
         communication, nothing in checkpoints. Empty before the first step.
 
         Returns:
@@ -150,7 +155,7 @@ class LearnedOptimizer(Optimizer):
             - ``step_size``: the sum of the mixture's weights, relative to lr; AdamW has 1. ``pace``: the factor in it
               that has built up in the course of training.
             - ``share_momentum``, ``share_gradient``, ``share_hidden_0``, ...: the parts of it; AdamW has momentum
-              only. ``disagreeing``: the factor of coordinates that would move against the present gradient.
+              only. ``caution_factor``: the factor of coordinates that would move against the present gradient.
             - ``update_rms``: rms of the update over lr, without weight decay, and ``update_to_adamw``: over that of
               AdamW at the same lr. An *estimate*, from sums, not from coordinates: mostly within a
               quarter, and less good for tensors of a few coordinates.
@@ -173,7 +178,7 @@ class LearnedOptimizer(Optimizer):
             >>> sorted(opt.diagnostics())
             ['bias', 'weight']
         """
-        return of_records(self.policy.config, self.param_groups, self._records)
+        return figures_by_parameter(self.policy.config, self.param_groups, self._records)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
@@ -184,7 +189,7 @@ class LearnedOptimizer(Optimizer):
             check_group({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
-    @torch.compiler.disable  # the rule's numbers change with every step: traced, they would be frozen into the graph
+    @torch.compiler.disable  # the rule's scalars change with every step: traced, they would be frozen into the graph
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Perform one update of every parameter that has a gradient.
@@ -210,67 +215,66 @@ class LearnedOptimizer(Optimizer):
                         f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
                     )
         shards = find_shards(self.param_groups)
-        jobs = self._prepared_jobs()
-        self._backend.prepare(jobs)
-        self._records, whole = [], jobs
-        for some in shards:
-            shares = [job for job in jobs if job.place in some.shapes]
-            self._records += run_shards(self._backend, shares, some)
-            whole = [job for job in whole if job.place not in some.shapes]
-        self._records += run(self._backend, whole)
-        for job in jobs:
-            job.let_go()
+        params = self._with_gradients()
+        self._records = run_step(self._backend, params, shards)
+        for p in params:
+            p.release_grad()
         return loss
 
-    def _prepared_jobs(self) -> list[Job]:
-        """Jobs of all parameters that have a gradient, with gradient and step."""
-        if len(self._jobs) > sum(len(group["params"]) for group in self.param_groups):
-            self._jobs.clear()  # of parameters that are no longer here, among them
+    def _with_gradients(self) -> list[ParamState]:
+        """All parameters that have a gradient, with gradient and step."""
+        if len(self._params) > sum(len(group["params"]) for group in self.param_groups):
+            self._params.clear()  # of parameters that are no longer here, among them
         groups = [
-            [self._job((g, i), p, group["maximize"]) for i, p in enumerate(group["params"]) if p.grad is not None]
+            [self._param_state((g, i), p, group) for i, p in enumerate(group["params"]) if p.grad is not None]
             for g, group in enumerate(self.param_groups)
         ]
-        jobs = list(itertools.chain.from_iterable(groups))
-        if jobs:
-            torch._foreach_add_([job.count for job in jobs], _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
-        moments: dict[Hyperparameters, dict[float, Moment]] = {}
+        params = list(itertools.chain.from_iterable(groups))
+        if params:
+            torch._foreach_add_([p.count for p in params], _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
+        contexts: dict[Hyperparameters, dict[float, StepContext]] = {}
         for group, some in zip(self.param_groups, groups, strict=True):
             hyper = hyperparameters(group)
-            of_steps = moments.setdefault(hyper, {})
-            for job in some:
-                step = float(job.count)
-                if step not in of_steps:
-                    of_steps[step] = Moment(step, hyper)
-                job.moment = of_steps[step]
-        return jobs
+            by_step = contexts.setdefault(hyper, {})
+            for p in some:
+                step = float(p.count)
+                if step not in by_step:
+                    by_step[step] = StepContext(step, hyper)
+                p.context = by_step[step]
+        return params
 
-    def _job(self, place: tuple[int, int], p: Tensor, maximize: bool) -> Job:
+    def _param_state(self, index: ParamIndex, p: Tensor, group: dict[str, Any]) -> ParamState:
         state = self.state[p]
-        job = self._jobs.get(place)
-        if job is None or not job.holds(p, state):
+        param = self._params.get(index)
+        if param is None or not param.is_of(p, state):
             self._complete(p, state)
             begins = origin(p) if self.policy.config.orthogonal else (0, 0)
-            job = self._jobs[place] = Job(p, state, self._plane_keys(), place, self.safeguard, begins)
+            tensor_keys = GUARDED_TENSOR_KEYS if self.safeguard else TENSOR_KEYS
+            param = ParamState(p, state, self._coordinate_keys(), tensor_keys, index, begins)
+            self._params[index] = param
         if p.grad is None:
             raise RuntimeError("a parameter without gradient cannot be updated")
-        job.take(p.grad, maximize)
-        return job
+        param.set_grad(p.grad, group["maximize"])
+        return param
 
     def _complete(self, p: Tensor, state: dict[str, Tensor]) -> None:
         """State that a parameter does not have yet."""
         if not state:
             state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            for key in self._plane_keys():
-                state[key] = torch.zeros_like(p, dtype=self._plane_dtype(p, key))
-            for key in MEMORY:
+            for key in self._coordinate_keys():
+                state[key] = torch.zeros_like(p, dtype=self._state_dtype_of(p, key))
+            for key in TENSOR_KEYS:
                 state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         if self.safeguard and "trust" not in state:  # nor in state that was saved without a safeguard
-            state["trust"] = torch.zeros_like(state[MEMORY[0]])
+            state["trust"] = torch.zeros_like(state[TENSOR_KEYS[0]])
 
-    def _plane_keys(self) -> list[str]:
+    def _make_backend(self) -> Backend:
+        return make_backend(self._backend_name, self.policy.config, self.policy.weights())
+
+    def _coordinate_keys(self) -> list[str]:
         return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
 
-    def _plane_dtype(self, p: Tensor, key: str) -> torch.dtype:
+    def _state_dtype_of(self, p: Tensor, key: str) -> torch.dtype:
         real = arithmetic_dtype(p.dtype.to_real())
         if self.state_dtype is not None:
             # In two bytes the second moment's increments, 0.1% of its value, would be rounded away.
@@ -294,11 +298,11 @@ class LearnedOptimizer(Optimizer):
                 if isinstance(value, AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
-        self._records, self._jobs = [], {}
+        self._records, self._params = [], {}
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:
-            self._backend = make_backend(self._backend_name, self.policy)
+            self._backend = self._make_backend()
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
@@ -307,14 +311,8 @@ class LearnedOptimizer(Optimizer):
         as 0 and begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses
         to save.
         """
-        saved = super().state_dict()
-        for key, p in enumerate(p for group in self.param_groups for p in group["params"]):
-            if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
-                values = saved["state"][key]
-                own = [name for name in values if name in (*MEMORY, "trust")]
-                fresh = {name: torch.zeros_like(values[name]) for name in own}
-                saved["state"][key] = {**values, **fresh}
-        return saved
+        params = (p for group in self.param_groups for p in group["params"])
+        return without_pieces_of_fsdp(super().state_dict(), params)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by :meth:`state_dict`; bit-exact, whatever the dtype of the parameters.
@@ -324,7 +322,7 @@ class LearnedOptimizer(Optimizer):
                 parameters; nothing has been changed then.
         """
         handle = self.register_load_state_dict_pre_hook(  # last, so after the user's own hooks
-            lambda _, state: checked(state, self.param_groups, self.defaults["policy"], self._plane_keys())
+            lambda _, state: checked(state, self.param_groups, self.defaults["policy"], self._coordinate_keys())
         )
         try:
             super().load_state_dict(state_dict)
@@ -339,15 +337,13 @@ class LearnedOptimizer(Optimizer):
             return torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
         if not isinstance(value, Tensor) or not isinstance(p, Tensor):
             return value
-        dtype = self._plane_dtype(p, key) if key in self._plane_keys() else value.dtype
+        dtype = self._state_dtype_of(p, key) if key in self._coordinate_keys() else value.dtype
         return value.detach().to(device=p.device, dtype=dtype, copy=True)
 
 
 def _resolve(policy: str | Path | Policy, revision: str | None) -> Policy:
-    if isinstance(policy, Policy):
-        if revision is not None:
-            raise ValueError("revision goes with a Hub id, found it beside a Policy object")
-        return policy
-    if not isinstance(policy, str | Path):
+    if not isinstance(policy, str | Path | Policy):
         raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
+    if isinstance(policy, Policy) and revision is not None:
+        raise ValueError("revision goes with a Hub id, found it beside a Policy object")
     return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)

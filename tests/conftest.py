@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis.configuration import set_hypothesis_home_dir
 
-pytest.register_assert_rewrite("reference", "support")
+pytest.register_assert_rewrite("helpers")
 set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "learned-optim-hypothesis")
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=20)
 hypothesis.settings.load_profile("tests")

@@ -77,7 +77,7 @@ def measure(policy: str, cache: Path | None, max_length: int = 0) -> dict[str, A
         policies=(policy,), seeds=1, baselines=("adamw",), tune_lr=False, cache=cache, max_length=max_length
     )
     result = run_quality(config, tasks=[make(name) for name, make in TASKS.items()])
-    found = compare_all(result, result.subject().name, REFERENCE)
+    comparisons = compare_all(result, result.subject().name, REFERENCE)
 
     def number(value: float | None, digits: str) -> str:
         return "–" if value is None else format(value, digits)
@@ -88,7 +88,7 @@ def measure(policy: str, cache: Path | None, max_length: int = 0) -> dict[str, A
             "AdamW's": number(c.reference_loss, ".3g"), "held-out loss": number(c.held_out_loss, ".3g"),
             "AdamW's, held out": number(c.reference_held_out_loss, ".3g"), "diverged": str(c.diverged),
         }
-        for c in found
+        for c in comparisons
     }  # fmt: skip
     return {"policy": policy, "table": table}
 
@@ -100,8 +100,8 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, help="folder of finished runs")
     parser.add_argument("--max-length", type=int, default=0, help="cap of the runs' lengths, to try this out")
     args = parser.parse_args()
-    found = measure(args.policy, args.cache, args.max_length)
-    args.out.write_text(json.dumps(found, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    results = measure(args.policy, args.cache, args.max_length)
+    args.out.write_text(json.dumps(results, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

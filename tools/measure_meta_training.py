@@ -4,7 +4,7 @@
 
 Two measurements, both on seeds that are never trained on. *From the start*: what ``learned-optim meta-train
 --outer-steps 40 --meta-batch 8 --max-length 200 --validation-length 200`` does to the time that the validation tasks'
-first 200 steps take (geometric mean, see ``learned_optim/meta_train/slowness.py``), three seeds. *Fine-tuning*:
+first 200 steps take (geometric mean, see ``learned_optim/meta_train/time_ratio.py``), three seeds. *Fine-tuning*:
 ``examples/meta_train_own_task.py``, 60 outer steps. Runs are kept in FOLDER, and those that are there already are not
 made again.
 """
@@ -99,8 +99,8 @@ def main() -> None:
     torch.set_num_threads(1)
     runs = [short_run(seed, args.runs / f"start{seed}") for seed in SEEDS]
     tuned = fine_tuning(args.runs / "own_task")
-    found = {"from the start": runs, "fine-tuning": tuned, "table": table(runs, tuned)}
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    results = {"from the start": runs, "fine-tuning": tuned, "table": table(runs, tuned)}
+    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

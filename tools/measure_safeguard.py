@@ -79,13 +79,13 @@ def _summary(ratios: list[float]) -> list[str]:
     return [f"{mean:.2f}", f"{worst:.2f}" if max(ratios) < DIVERGED else "diverged", f"{worse} of {len(ratios)}"]
 
 
-def page(found: dict[str, Any]) -> str:
+def page(results: dict[str, Any]) -> str:
     """The figures as Markdown."""
-    rows = found["tasks"]
+    rows = results["tasks"]
     lines = [
         "# With and without the safeguard", "",
-        f"`LearnedOptimizer(params, lr, safeguard=True)` and without it, policy `{found['policy']}`, against AdamW at "
-        f"the same learning rate: {len(rows)} small tasks, {found['steps']} steps each, {found['seeds']} seeds of "
+        f"`LearnedOptimizer(params, lr, safeguard=True)` and without it, policy `{results['policy']}`, against AdamW at "
+        f"the same learning rate: {len(rows)} small tasks, {results['steps']} steps each, {results['seeds']} seeds of "
         f"{len(KINDS)} kinds, most of them built to break an update rule, a quarter with learning rates of 0.03 to "
         "0.3. Losses at the end over AdamW's: geometric mean, worst case, and how many are more than 10% above. "
         "`python tools/measure_safeguard.py` makes this page.", "",
@@ -102,19 +102,19 @@ def page(found: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def draw(found: dict[str, Any], path: Path) -> None:
+def draw(results: dict[str, Any], path: Path) -> None:
     """Sorted ratios, on and off."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6.4, 3.8), layout="constrained")
     axes = figure.subplots()
     for name, label, colour in (("off", "without safeguard", "#E69F00"), ("on", "with safeguard", "#0072B2")):
-        values = sorted(math.exp(min(max(r[name], math.log(1e-3)), math.log(1e3))) for r in found["tasks"])
+        values = sorted(math.exp(min(max(r[name], math.log(1e-3)), math.log(1e3))) for r in results["tasks"])
         axes.plot(range(1, len(values) + 1), values, label=label, color=colour, linewidth=2)
     axes.axhline(1.0, color="black", linewidth=0.8)
     axes.text(2, 1.15, "AdamW at the same learning rate", fontsize=8)
     axes.set(yscale="log", xlabel="tasks, sorted", ylabel="final loss over AdamW's (cut at 1000)",
-             title=f"{len(found['tasks'])} small tasks built to break update rules: lower is better")  # fmt: skip
+             title=f"{len(results['tasks'])} small tasks built to break update rules: lower is better")  # fmt: skip
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120)
@@ -129,12 +129,12 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     policy = Policy.from_pretrained(args.policy)
-    found = {"policy": args.policy, "fingerprint": policy.fingerprint(), "seeds": args.seeds, "steps": args.steps,
+    results = {"policy": args.policy, "fingerprint": policy.fingerprint(), "seeds": args.seeds, "steps": args.steps,
              "tasks": compare(policy, args.seeds, args.steps)}  # fmt: skip
     (args.out / "results").mkdir(parents=True, exist_ok=True)
-    (args.out / "results" / "safeguard.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    (args.out / "safeguard.md").write_text(page(found), encoding="utf-8")
-    draw(found, args.out / "safeguard.png")
+    (args.out / "results" / "safeguard.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    (args.out / "safeguard.md").write_text(page(results), encoding="utf-8")
+    draw(results, args.out / "safeguard.png")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Would the tests notice? Plants small faults in a copy of the repository and runs, for each, the tests of that module.
 
-    python tools/mutation_check.py --out docs/results/mutations.json [--faults 67] [--only hub.py] [--list]
+    python tools/mutation_check.py --out docs/results/mutations.json [--faults 67] [--only resolve.py] [--list]
 
 A fault is one comparison, sign, number, condition or statement changed. Which ones is drawn from a seed, a number of
 each module fixed in ``MODULES``; faults that no test notices are listed, with the reason where one is known.
@@ -33,55 +33,56 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "runs", "*.egg
 
 #: Module: its part of all faults, and the tests that cover it, the quickest first.
 MODULES: dict[str, tuple[int, tuple[str, ...]]] = {
-    "update_rule.py": (12, ("tests/test_update_rule.py", "tests/test_properties.py", "tests/test_step.py",
-                            "tests/meta_train/test_unroll.py")),
-    "optimizer.py": (12, ("tests/test_construction.py", "tests/test_step.py", "tests/test_pickling.py",
-                          "tests/test_checkpoints.py", "tests/test_dtypes_and_layouts.py", "tests/test_life.py",
-                          "tests/test_sharding.py")),
-    "orthogonal.py": (8, ("tests/test_orthogonal.py",)),
-    "waves.py": (6, ("tests/test_orthogonal.py", "tests/test_backends.py", "tests/test_step.py",
-                     "tests/test_sharding.py")),
-    "saved_state.py": (6, ("tests/test_checkpoints.py", "tests/test_sharding.py")),
-    "arguments.py": (6, ("tests/test_construction.py",)),
+    "rule/update.py": (12, ("tests/rule/test_update.py", "tests/optimizer/test_properties.py",
+                            "tests/optimizer/test_step.py", "tests/meta_train/test_unroll.py")),
+    "optimizer.py": (12, ("tests/optimizer/test_construction.py", "tests/optimizer/test_step.py",
+                          "tests/optimizer/test_pickling.py", "tests/optimizer/test_checkpoints.py",
+                          "tests/optimizer/test_dtypes_and_layouts.py", "tests/optimizer/test_life.py",
+                          "tests/engine/test_sharding.py")),
+    "rule/orthogonalize.py": (8, ("tests/rule/test_update.py", "tests/rule/test_orthogonalize.py")),
+    "engine/step.py": (6, ("tests/rule/test_orthogonalize.py", "tests/engine/test_eager.py",
+                           "tests/optimizer/test_step.py", "tests/engine/test_sharding.py")),
+    "state_dict.py": (6, ("tests/optimizer/test_checkpoints.py", "tests/engine/test_sharding.py")),
+    "engine/hyperparameters.py": (6, ("tests/optimizer/test_construction.py",)),
     "meta_train/unroll.py": (10, ("tests/meta_train/test_unroll.py",)),
-    "hub.py": (7, ("tests/test_hub.py", "tests/test_hub_remote.py")),
-    "artefact.py": (9, ("tests/test_hub.py", "tests/test_hub_damage.py")),
+    "policy/resolve.py": (7, ("tests/policy/test_hub.py", "tests/policy/test_hub_remote.py")),
+    "policy/files.py": (9, ("tests/policy/test_hub.py", "tests/policy/test_hub_damage.py")),
     "meta_train/checkpoint.py": (10, ("tests/faults/test_disks.py", "tests/meta_train/test_outer_loop.py",
-                                      "tests/faults/test_interruptions.py", "tests/meta_train/test_command.py")),
+                                      "tests/faults/test_interruptions.py", "tests/cli/test_meta_train_command.py")),
 }  # fmt: skip
 
 #: Survivors that are no lack of a test: by module and the faulty line, as it was and as it became.
 EXPLAINED: dict[tuple[str, str, str], str] = {
     (
-        "optimizer.py",
+        "state_dict.py",
         'if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:',
         'if getattr(p, "_fsdp_flattened", False) and key not in saved["state"]:',
     ): "Noticed by the test of classic FSDP in `test_parallel_training.py`, which takes too long to be run here.",
     (
-        "optimizer.py",
-        'own = [name for name in values if name in (*MEMORY, "trust")]',
-        'own = [name for name in values if name not in (*MEMORY, "trust")]',
+        "state_dict.py",
+        "own = [name for name in values if name in GUARDED_TENSOR_KEYS]",
+        "own = [name for name in values if name not in GUARDED_TENSOR_KEYS]",
     ): "Noticed by the test of classic FSDP in `test_parallel_training.py`, which takes too long to be run here.",
     (
         "optimizer.py",
-        'state["trust"] = torch.zeros_like(state[MEMORY[0]])',
-        'state["trust"] = torch.zeros_like(state[MEMORY[1]])',
+        'state["trust"] = torch.zeros_like(state[TENSOR_KEYS[0]])',
+        'state["trust"] = torch.zeros_like(state[TENSOR_KEYS[1]])',
     ): "The same: both are single numbers of one dtype and device.",
     ("meta_train/unroll.py", "segment: int = 0", "segment: int = 1"): (
-        "The same numbers: segments only say what is kept in memory."
+        "The same values: segments only say what is kept in memory."
     ),
     (
         "meta_train/unroll.py",
         "return run([t.detach() for t in tensors], recompute=False)",
         "return run([t.detach() for t in tensors], recompute=True)",
-    ): "The same numbers: a forward pass in segments of one step.",
+    ): "The same values: a forward pass in segments of one step.",
     ("meta_train/checkpoint.py", "os.link(current, temporary)", "pass"): (
         "The checkpoint is then copied instead of linked: the same files."
     ),
     (
         "meta_train/checkpoint.py",
-        "temporary.unlink(missing_ok=True) # where both already were one file, replacing does nothing",
-        "temporary.unlink(missing_ok=False) # where both already were one file, replacing does nothing",
+        "temporary.unlink(missing_ok=True) # where both already were one file, replacing did nothing",
+        "temporary.unlink(missing_ok=False) # where both already were one file, replacing did nothing",
     ): "The checkpoint is then copied instead of linked: the same files.",
 }
 
@@ -116,7 +117,7 @@ class Finder(ast.NodeVisitor):
     """Every fault that could be planted in a module."""
 
     def __init__(self, module: str, source: str) -> None:
-        self.module, self.source, self.found = module, source, list[Fault]()
+        self.module, self.source, self.faults = module, source, list[Fault]()
         self.starts = [0]
         for line in source.splitlines(keepends=True):
             self.starts.append(self.starts[-1] + len(line))
@@ -127,7 +128,7 @@ class Finder(ast.NodeVisitor):
         return self.starts[node.lineno - 1] + node.col_offset, self.starts[node.end_lineno - 1] + node.end_col_offset
 
     def add(self, node: Any, kind: str, begin: int, end: int, text: str) -> None:
-        self.found.append(Fault(self.module, node.lineno, kind, begin, end, text))
+        self.faults.append(Fault(self.module, node.lineno, kind, begin, end, text))
 
     def between(self, left: ast.expr, right: ast.expr, table: dict[str, str], kind: str) -> None:
         """The operator that stands between two operands."""
@@ -147,7 +148,7 @@ class Finder(ast.NodeVisitor):
         self.generic_visit(node)
 
     def visit_BinOp(self, node: ast.BinOp) -> None:
-        joins_paths = isinstance(node.op, ast.Div) and self.module.endswith(("hub.py", "artefact.py", "checkpoint.py"))
+        joins_paths = isinstance(node.op, ast.Div) and self.module.endswith(("resolve.py", "files.py", "checkpoint.py"))
         texts = (isinstance(side, ast.JoinedStr) or _is_text(side) for side in (node.left, node.right))
         if not joins_paths and not any(texts):
             self.between(node.left, node.right, OPERATORS, "arithmetic")
@@ -214,9 +215,9 @@ def drawn(copy: Path, seed: int, factor: float, only: str) -> Iterator[Fault]:
     """The faults to plant, module by module."""
     for module, (count, _) in MODULES.items():
         if only in module:
-            found = Finder(module, (copy / "learned_optim" / module).read_text()).found
-            number = min(len(found), max(1, round(count * factor)))
-            yield from sorted(random.Random(f"{seed} {module}").sample(found, number), key=lambda f: f.begin)
+            faults = Finder(module, (copy / "learned_optim" / module).read_text()).faults
+            size = min(len(faults), max(1, round(count * factor)))
+            yield from sorted(random.Random(f"{seed} {module}").sample(faults, size), key=lambda f: f.begin)
 
 
 def run_tests(copy: Path, tests: tuple[str, ...], limit: float) -> tuple[bool, str, float]:
@@ -282,12 +283,12 @@ def check(faults: list[Fault], copy: Path) -> Iterator[dict[str, Any]]:
             passed, failed, took = run_tests(copy, tests, limits[fault.module])
         finally:
             path.write_text(source)
-        found = {"module": fault.module, "line": fault.line, "kind": fault.kind, "before": before, "after": after,
+        result = {"module": fault.module, "line": fault.line, "kind": fault.kind, "before": before, "after": after,
                  "caught_by": "" if passed else failed, "seconds": round(took, 1)}  # fmt: skip
         if passed:
-            found["why"] = EXPLAINED.get((fault.module, before, after), "")
+            result["why"] = EXPLAINED.get((fault.module, before, after), "")
         print(f"{'SURVIVED' if passed else 'caught':9}{fault.module}:{fault.line} {after}   {failed}", flush=True)
-        yield found
+        yield result
 
 
 def main() -> None:

@@ -72,12 +72,12 @@ def ablations(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {row["name"]: _over_tuned(row["summary"]) for row in rows}
 
 
-def _over_tuned(found: dict[str, Any]) -> dict[str, str]:
-    speedup, spread = found["speedup"], found["speedup"] * (found["spread"] or 0.0)
+def _over_tuned(figures: dict[str, Any]) -> dict[str, str]:
+    speedup, spread = figures["speedup"], figures["speedup"] * (figures["spread"] or 0.0)
     return {
         "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
-        "worst task": f"{found['worst']:.2f}",
-        "held-out loss, end": f"{found['held_out_ratio'] - 1:+.1%}",
+        "worst task": f"{figures['worst']:.2f}",
+        "held-out loss, end": f"{figures['held_out_ratio'] - 1:+.1%}",
     }
 
 
@@ -87,17 +87,17 @@ SHOWN = {10_000: "10,000", 1_000_000: "1 million", 8_000_000: "8 million", 100_0
 
 def step(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     """What a step costs on the CPU, in ns per parameter and in AdamW's; a GPT's training step; bytes of state."""
-    found = results["devices"]["cpu"]
+    measured = results["devices"]["cpu"]
     columns: dict[str, dict[str, str]] = {}
-    for case in found["cases"]:
+    for case in measured["cases"]:
         if case["tensors"] > 1 or case["parameters"] in SHOWN:
             title = SHOWN.get(case["parameters"], f"GPT, {case['tensors']} tensors")
             columns[title] = {n: f"{row['median']:.3g} ({row['ratio']:.2f})" for n, row in case["optimizers"].items()}
-    of_training = found["training"]["optimizers"]
+    of_training = measured["training"]["optimizers"]
     columns["GPT, training step"] = {
         name: f"{row['median']:.0f} ms ({row['ratio']:.2f})" for name, row in of_training.items()
     }
-    of_all = found["cases"][-1]["optimizers"]
+    of_all = measured["cases"][-1]["optimizers"]
     columns["bytes of state"] = {name: f"{row['bytes']:.0f}" for name, row in of_all.items()}
     return {name: {title: column.get(name, "–") for title, column in columns.items()} for name in of_all}
 

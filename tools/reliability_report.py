@@ -63,10 +63,10 @@ def table_of_tests(tests: list[dict[str, Any]]) -> str:
     return "\n".join(f"| {t['test'].removeprefix('test_').replace('_', ' ')} | {t['seconds']} |" for t in tests)
 
 
-def soak(found: dict[str, Any]) -> str:
-    steps = found["soak"]
+def soak(results: dict[str, Any]) -> str:
+    steps = results["soak"]
     return SOAK.format(
-        **found | {"slow_tests": table_of_tests(found["slow_tests"])},
+        **results | {"slow_tests": table_of_tests(results["slow_tests"])},
         models=max(steps["models"].values()),
         kinds=", ".join(steps["models"]),
         memory_growth=100 * steps["memory_growth"],
@@ -75,21 +75,21 @@ def soak(found: dict[str, Any]) -> str:
     )
 
 
-def mutations(found: dict[str, Any]) -> str:
-    planted = collections.Counter(f["module"] for f in found["faults"])
-    caught = collections.Counter(f["module"] for f in found["faults"] if f["caught_by"])
-    names = {m: ", ".join(f"`{Path(t).name}`" for t in tests) for m, tests in found["tests"].items()}
+def mutations(results: dict[str, Any]) -> str:
+    planted = collections.Counter(f["module"] for f in results["faults"])
+    caught = collections.Counter(f["module"] for f in results["faults"] if f["caught_by"])
+    names = {m: ", ".join(f"`{Path(t).name}`" for t in tests) for m, tests in results["tests"].items()}
     modules = "\n".join(f"| `{m}` | {planted[m]} | {caught[m]} | {names[m]} |" for m in planted)
-    lines = ["\nNot noticed:\n"] if any(not f["caught_by"] for f in found["faults"]) else ["\nNone went unnoticed.\n"]
-    for fault in (f for f in found["faults"] if not f["caught_by"]):
+    lines = ["\nNot noticed:\n"] if any(not f["caught_by"] for f in results["faults"]) else ["\nNone went unnoticed.\n"]
+    for fault in (f for f in results["faults"] if not f["caught_by"]):
         lines.append(f"- `{fault['module']}`, line {fault['line']}: `{fault['before']}`  ")
         lines.append(f"  became `{fault['after']}`.  ")
         lines.append(f"  {fault['why'] or 'A test is missing.'}")
-    percent = 100 * found["caught"] / found["planted"]
-    mended = found["caught"] - found["planted"] + found.get("unnoticed_at_first", 0)
+    percent = 100 * results["caught"] / results["planted"]
+    mended = results["caught"] - results["planted"] + results.get("unnoticed_at_first", 0)
     said = f"Tests for {mended} of them were written after the run and tried on the same faults." if mended > 0 else ""
-    said += f" {found['note']}" if "note" in found else ""
-    return MUTATIONS.format(**found, mended=said, percent=percent, modules=modules, survivors="\n".join(lines) + "\n")
+    said += f" {results['note']}" if "note" in results else ""
+    return MUTATIONS.format(**results, mended=said, percent=percent, modules=modules, survivors="\n".join(lines) + "\n")
 
 
 def main() -> int:

@@ -33,7 +33,7 @@ import torch
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 
 ROOT = Path(__file__).parent.parent
-SLOW_TESTS = ("tests/faults", "tests/test_life.py", "tests/test_hub_damage.py")
+SLOW_TESTS = ("tests/faults", "tests/optimizer/test_life.py", "tests/policy/test_hub_damage.py")
 BLOCK = 500  #: steps between two looks at memory and step time
 MEMORY_LIMIT, TIME_LIMIT = 0.01, 0.10  #: growth after the warm-up
 RATES = (0.0, 1e-5, 1e-3, 3e-3)
@@ -269,7 +269,7 @@ def main() -> None:
     # At least a third of the time: where the tests took longer than that, the whole takes longer than was asked.
     left = max(60 * arguments.minutes - (time.monotonic() - begun), 20 * arguments.minutes)
     steps = soak(left, arguments.seed)
-    found = {
+    results = {
         "machine": f"{os.cpu_count()} cores, {platform.machine()}, Python {platform.python_version()}, "
         f"torch {torch.__version__}, one thread",
         "minutes_asked": arguments.minutes,
@@ -278,8 +278,8 @@ def main() -> None:
         "slow_tests": tests,
         "soak": steps,
     }
-    arguments.out.write_text(json.dumps(found, indent=2) + "\n")
-    print(json.dumps(found["soak"], indent=2))
+    arguments.out.write_text(json.dumps(results, indent=2) + "\n")
+    print(json.dumps(results["soak"], indent=2))
 
 
 if __name__ == "__main__":

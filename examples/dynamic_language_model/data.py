@@ -91,9 +91,9 @@ def load(text: str | Path = "python", *, shortest: int = 400, longest: int = 400
             divided[part].append((document.title, words))
     short = {name: len(articles) for name, articles in divided.items() if len(articles) < 2}
     if short:
-        found = {name: len(articles) for name, articles in divided.items()}
+        counts = {name: len(articles) for name, articles in divided.items()}
         raise ValueError(
-            f"too few articles of at least {shortest} words in {text!s}: {found}, at least 2 of each are needed. Give "
+            f"too few articles of at least {shortest} words in {text!s}: {counts}, at least 2 of each are needed. Give "
             "more text, or a smaller --shortest"
         )
     counts = Counter(word for _, words in divided["train"] for word in words if word != UNKNOWN)
@@ -110,12 +110,12 @@ def part_of(document: Document) -> str:
     """The part that a document's subject falls into: by a hash, so that more text moves nothing."""
     if document.part is not None and document.part != "train":
         return document.part
-    place = int.from_bytes(hashlib.blake2b(document.subject.encode(), digest_size=4).digest(), "big") / 2**32
+    point = int.from_bytes(hashlib.blake2b(document.subject.encode(), digest_size=4).digest(), "big") / 2**32
     if document.part == "train":  # the files give validation and test, so only the adapter's share is taken here
-        return "meta" if place < PARTS["meta"] / (PARTS["train"] + PARTS["meta"]) else "train"
+        return "meta" if point < PARTS["meta"] / (PARTS["train"] + PARTS["meta"]) else "train"
     for name, share in PARTS.items():
-        place -= share
-        if place < 0.0:
+        point -= share
+        if point < 0.0:
             return name
     return "test"
 
@@ -130,10 +130,10 @@ def without_repetitions(documents: Iterable[Document]) -> Iterator[tuple[str, Do
     seen: set[str] = set()
     for number, document in numbered:
         normal = [" ".join(words_of(paragraph)) for paragraph in document.paragraphs]
-        kept = [p for p, key in zip(document.paragraphs, normal, strict=True) if key and key not in seen]
+        fresh = [p for p, key in zip(document.paragraphs, normal, strict=True) if key and key not in seen]
         # A few words, such as a heading, are nothing to learn by heart.
         seen.update(key for key in normal if key.count(" ") >= 7)
-        yield list(PARTS)[number], document._replace(paragraphs=kept)
+        yield list(PARTS)[number], document._replace(paragraphs=fresh)
 
 
 @functools.cache

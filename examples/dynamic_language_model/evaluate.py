@@ -27,8 +27,6 @@ from read import Method, Reader, cache_losses
 from report import NAMES, compare, markdown, quarters
 from torch import Tensor
 
-from learned_optim.hub import save_policy
-
 #: Dynamic evaluation: where the search for its settings begins (eps in units of the gradient's rms), and the weights
 #: that it moves. First of the LSTM's weights, as it was published; then with the memory that the learned rule has, too.
 BEGIN = {
@@ -78,8 +76,8 @@ def cut(articles: Sequence[Article], words: int) -> list[Article]:
     """Beginnings of the articles, about ``words`` words together; of fewer articles rather than of under 1000 words."""
     longest = max(1000, words // len(articles))
     total = sum(min(len(a.tokens), longest) for a in articles)
-    kept = articles[:: max(1, round(total / words))]
-    return [Article(a.title, a.words[:longest], a.tokens[:longest]) for a in kept]
+    selected = articles[:: max(1, round(total / words))]
+    return [Article(a.title, a.words[:longest], a.tokens[:longest]) for a in selected]
 
 
 def thinned(articles: Sequence[Article], words: int) -> list[Article]:
@@ -115,7 +113,7 @@ def tune(begin: Method, loss: Callable[[Method], float], memory: bool = False) -
                 best, moved = moved, dataclasses.replace(moved, **{name: getattr(moved, name) * factor})
     without = dataclasses.replace(best, decay=0.0)
     best = without if value(without) < value(best) else best
-    return best, [{**method.settings(), "loss": found} for method, found in tried.items()]
+    return best, [{**method.settings(), "loss": loss} for method, loss in tried.items()]
 
 
 def tune_cache(articles: Sequence[Article], losses: Sequence[Tensor]) -> dict[str, float]:
@@ -131,7 +129,7 @@ def tune_cache(articles: Sequence[Article], losses: Sequence[Tensor]) -> dict[st
     return {"weight": weight, "memory": memory}
 
 
-def kept(path: Path, make: Callable[[], Any]) -> Any:
+def cached(path: Path, make: Callable[[], Any]) -> Any:
     """What a stage makes, from its file where there is one."""
     if not path.exists():
         made = make()
@@ -155,7 +153,7 @@ def words_per_second(
             begun = time.perf_counter()
             readers[name].read(tokens, method)
             seconds[name] = min(seconds[name], time.perf_counter() - begun)
-    return {name: round(len(tokens) / found, 1) for name, found in seconds.items()}
+    return {name: round(len(tokens) / spent, 1) for name, spent in seconds.items()}
 
 
 def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> None:
@@ -197,7 +195,7 @@ def save(method: Method, results: dict[str, Any], args: argparse.Namespace) -> N
             "see examples/dynamic_language_model.",
         ],
     }  # fmt: skip
-    save_policy(policy, args.save_policy, results=card)
+    policy.save_pretrained(args.save_policy, results=card)
 
 
 def static_model(corpus: Corpus, args: argparse.Namespace) -> LanguageModel:
@@ -210,7 +208,7 @@ def static_model(corpus: Corpus, args: argparse.Namespace) -> LanguageModel:
         return made.state_dict()
 
     model = LanguageModel(len(corpus.vocabulary), args.width)
-    model.load_state_dict(kept(args.out / "static.pt", make))
+    model.load_state_dict(cached(args.out / "static.pt", make))
     return model.eval()
 
 
@@ -261,10 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def tuned(name: str, begin: Method) -> Method:
         memory = begin.kind != "learned" and CHOICE[name] != "lstm"
-        found = kept(
+        tuned = cached(
             args.out / f"tuned_{name}.pt", lambda: _as_plain(*tune(begin, functools.partial(loss, name), memory))
         )
-        return dataclasses.replace(begin, **found["settings"])
+        return dataclasses.replace(begin, **tuned["settings"])
 
     clock("baselines, on validation articles")
     methods = {"forgetful": Method("forgetful"), "static": Method("static")}
@@ -280,7 +278,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             policy = base_policy(base.eps * of[name].gradient_rms)
             begin = dataclasses.replace(base, kind="learned", memory=strength, policy=policy, backend=args.backend)
             path = args.out / f"before_{name}_{strength:.2f}.pt"
-            starts[kept(path, functools.partial(loss, name, begin))] = of[name], begin
+            starts[cached(path, functools.partial(loss, name, begin))] = of[name], begin
         before[name] = min(starts)
         of[name], begin = starts[before[name]]
         reader = of[name]
@@ -302,7 +300,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with_memory = min(("rms_memory", "rms_all"), key=on_validation.__getitem__)
     watched = (with_memory, "learned")
     readings = {n: [of[n].read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
-    losses = {name: [r.losses for r in found] for name, found in readings.items()}
+    losses = {name: [r.losses for r in runs] for name, runs in readings.items()}
     losses["cache"] = [cache_losses(l, a.tokens, **cache) for l, a in zip(losses["static"], test, strict=True)]
     losses = {name: losses[name] for name in NAMES}
     clock("speed")

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learned_optim import Policy, PolicyConfig
 from learned_optim.meta_train import MetaTrainConfig, MetaTrainResult, meta_train
-from learned_optim.policy import CONTEXT
+from learned_optim.rule.context import CONTEXT, DEFAULT_CONTEXT
 from learned_optim.tasks import TaskFamily
 
 #: Names of the parts of a reader's state.
@@ -83,14 +83,13 @@ def base_policy(eps: float = 1e-8) -> Policy:
     """
     center = {"log_t": 13.8, "log_numel": 9.0, "log_rms_p": -6.5}
     scale = {"log_rms_p": 1.0, "log_numel": 3.0}
-    defaults = PolicyConfig()
     return Policy(
         PolicyConfig(
             step_scale=1.0, momentum_weight=0.05, gradient_weight=0.8, hidden_weights=(0.05, 0.05, 0.05, 0.05),
-            betas=(0.9, 0.99999), windows=(), rates=(0.5, 0.2, 0.06, 0.02), agreement=0.1,
+            betas=(0.9, 0.99999), windows=(), rates=(0.5, 0.2, 0.06, 0.02), caution=0.1,
             amplitude_bound=4.0, gate_bound=8.0, eps=eps,
-            context_center=tuple(center.get(n, c) for n, c in zip(CONTEXT, defaults.context_center, strict=True)),
-            context_scale=tuple(scale.get(n, s) for n, s in zip(CONTEXT, defaults.context_scale, strict=True)),
+            context_center=tuple(center.get(name, CONTEXT[name].center) for name in DEFAULT_CONTEXT),
+            context_scale=tuple(scale.get(name, CONTEXT[name].scale) for name in DEFAULT_CONTEXT),
         ),
         source="gradient over training rms",
     )  # fmt: skip

@@ -96,13 +96,13 @@ class LanguageModel(nn.Module):
     def recalled(self, words: Tensor) -> Tensor:
         """The memory's rows for each word but the first three, [contexts, length, batch]; those before it count too."""
         most = max(CONTEXTS)
-        length, code, found = len(words) - most + 1, torch.zeros((), dtype=torch.int64), []
+        length, code, codes = len(words) - most + 1, torch.zeros((), dtype=torch.int64), []
         for back in range(most):
             # Any mixing will do that fits into 64 bits.
             code = ((code + words[most - 1 - back :][:length] + 1) * 1_000_003 + back) % 2_147_483_647
             if back + 1 in CONTEXTS:
-                found.append(code * 48_271 % 2_147_483_647 % self.rows + self.rows * len(found))
-        return torch.stack(found)
+                codes.append(code * 48_271 % 2_147_483_647 % self.rows + self.rows * len(codes))
+        return torch.stack(codes)
 
 
 def detached(state: State) -> State:
@@ -129,14 +129,14 @@ def pretrain(
     begun, total = time.perf_counter(), 0.0
     stream, state = torch.empty(0), model.start(rows)
     for step in range(steps):
-        place = step % per_epoch
-        if place == 0:
+        index = step % per_epoch
+        if index == 0:
             order = torch.randperm(len(articles)).tolist()
             joined = torch.cat([with_start(articles[i].tokens) for i in order])
             usable = (len(joined) - 1) // rows
             stream = torch.stack([joined[row * usable : (row + 1) * usable + 1] for row in range(rows)], 1)
             state, total = model.start(rows), 0.0
-        tokens = stream[place * length : (place + 1) * length + 1]
+        tokens = stream[index * length : (index + 1) * length + 1]
         if len(tokens) < 2:
             continue
         for group in optimizer.param_groups:
@@ -149,9 +149,9 @@ def pretrain(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         total += float(loss.detach())
-        if verbose and (place == per_epoch - 1 or step == steps - 1):
+        if verbose and (index == per_epoch - 1 or step == steps - 1):
             seconds, done = time.perf_counter() - begun, (step + 1) / per_epoch
-            print(f"  epoch {done:4.1f}: training loss {total / (place + 1):.3f}, {seconds:.0f} s", flush=True)
+            print(f"  epoch {done:4.1f}: training loss {total / (index + 1):.3f}, {seconds:.0f} s", flush=True)
     return model.eval()
 
 

@@ -62,11 +62,11 @@ def positions(losses: dict[str, list[Tensor]], compared: Sequence[str]) -> Figur
     width = max(20, reach // 16)
     bins = max(1, reach // width)
     x = [(i + 0.5) * width for i in range(bins)]
-    for name, found in losses.items():
-        mean, _ = resampled(binned(found, width), 1)
+    for name, values in losses.items():
+        mean, _ = resampled(binned(values, width), 1)
         left.plot(x, mean[:bins], color=COLORS[name], label=NAMES[name], lw=2.4 if name == "learned" else 1.4)
         if name not in ("forgetful", "static"):
-            gain = [s - l for s, l in zip(losses["static"], found, strict=True)]
+            gain = [s - l for s, l in zip(losses["static"], values, strict=True)]
             mean, drawn = resampled(binned(gain, width), 1000)
             right.plot(x, mean[:bins], color=COLORS[name], lw=2.4 if name == "learned" else 1.4)
             if name in compared:
@@ -102,9 +102,9 @@ def text_picture(title: str, words: Sequence[str], differences: Sequence[float],
     axes.set(xlim=(0, columns), ylim=(rows + 0.3, -0.85 / LINE))
     axes.axis("off")
     axes.text(0, -3.5, f"What the learned adapter makes of “{title}”", fontsize=13, va="center")
-    for place, value, said in ((0, -FULL, "easier than for the static model"), (44, FULL, "harder")):
-        axes.add_patch(Rectangle((place, -2.6), 4, 1, color=color(value), lw=0))
-        axes.text(place + 5, -2.1, said, fontsize=10, va="center")
+    for x, value, said in ((0, -FULL, "easier than for the static model"), (44, FULL, "harder")):
+        axes.add_patch(Rectangle((x, -2.6), 4, 1, color=color(value), lw=0))
+        axes.text(x + 5, -2.1, said, fontsize=10, va="center")
     for word, difference, (r, c) in zip(words, differences, places, strict=True):
         axes.add_patch(Rectangle((c, r - 0.5), len(word), 1, color=color(difference), lw=0))
         axes.text(c, r, word, fontsize=9.3, family="monospace", va="center_baseline", parse_math=False)

@@ -152,9 +152,9 @@ class Reader:
                 with torch.no_grad():
                     losses.append(self.losses(params, chunk, state)[0])
                 break
-            found, state = self.losses(params, chunk, state)
-            losses.append(found.detach())
-            grads = torch.autograd.grad(found.mean(), list(params.values()))
+            of_chunk, state = self.losses(params, chunk, state)
+            losses.append(of_chunk.detach())
+            grads = torch.autograd.grad(of_chunk.mean(), list(params.values()))
             for p, g in zip(params.values(), grads, strict=True):
                 p.grad = g
             torch.nn.utils.clip_grad_norm_(params.values(), method.clip * self.gradient_norm)
@@ -170,8 +170,8 @@ class Reader:
         weights = {name: w for name, w in self.static.items() if name != "memory"}  # it is zero
         with torch.no_grad():
             for chunk in chunks:
-                found, after = self.model.losses(weights, chunk[:, None], state)
-                losses.append(found[:, 0])
+                of_chunk, after = self.model.losses(weights, chunk[:, None], state)
+                losses.append(of_chunk[:, 0])
                 state = state if forgetful else after
         return torch.cat(losses)
 

@@ -81,8 +81,8 @@ def compare(
             "last_quarter_ratio": float(ratio), "last_quarter_ratio_interval": interval(ratios).tolist(),
         }  # fmt: skip
 
-    found = {"against": against(plain), "against_with_memory": against(with_memory)}
-    return {"methods": table, "articles": len(by_method["static"])} | found
+    comparisons = {"against": against(plain), "against_with_memory": against(with_memory)}
+    return {"methods": table, "articles": len(by_method["static"])} | comparisons
 
 
 def markdown(results: dict[str, Any]) -> str:
@@ -97,20 +97,20 @@ def markdown(results: dict[str, Any]) -> str:
         low, high = row["gain_interval"][3]
         rows.append(f"| {NAMES[name]} | {' | '.join(cells)} | {row['gain'][3]:.3f} ({low:.3f} to {high:.3f}) |")
     for key in ("against", "against_with_memory"):
-        found = results[key]
-        low, high = found["last_quarter_ratio_interval"]
-        better = f"{found['articles_better']} of {results['articles']}"
+        comparison = results[key]
+        low, high = comparison["last_quarter_ratio_interval"]
+        better = f"{comparison['articles_better']} of {results['articles']}"
         rows += [
-            "", f"Gain of the learned adapter in the last quarter over that of *{NAMES[found['reference']]}*: "
-            f"{found['last_quarter_ratio']:.2f} ({low:.2f} to {high:.2f}). Its loss is lower on {better} articles; the "
-            f"paired difference in nats per word is {_differences(found)}.",
+            "", f"Gain of the learned adapter in the last quarter over that of *{NAMES[comparison['reference']]}*: "
+            f"{comparison['last_quarter_ratio']:.2f} ({low:.2f} to {high:.2f}). Its loss is lower on {better} articles; the "
+            f"paired difference in nats per word is {_differences(comparison)}.",
         ]  # fmt: skip
     return "\n".join(rows)
 
 
-def _differences(found: dict[str, Any]) -> str:
+def _differences(comparison: dict[str, Any]) -> str:
     parts = zip(
         ("in the first quarter", "in the last", "over the whole"),
-        found["difference"], found["difference_interval"], strict=True,
+        comparison["difference"], comparison["difference_interval"], strict=True,
     )  # fmt: skip
     return ", ".join(f"{value:+.3f} ({low:+.3f} to {high:+.3f}) {where}" for where, value, (low, high) in parts)

@@ -11,8 +11,8 @@ quality.py          the suite: ``run_quality``
 figures.py          from runs to figures
 report.py           tables and ``results.json``
 plots.py            pictures
+config.py           what a run of the step suite is made of
 step.py             what a step costs
-command.py          ``learned-optim bench``
 
 From Python::
 
@@ -20,7 +20,7 @@ From Python::
 
     measured = run_quality(QualityConfig(policies=("run/best",), seeds=1, keep=4))
     text = markdown(measured)                           # tables
-    save_policy(policy, "run/best", results=results(measured))
+    policy.save_pretrained("run/best", results=results(measured))
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ row                         the policy
 mixture alone               all weights zero: the base mixture of the configuration
 + tensor head               the head's weights, the others zero
 + learned pace              head and pace
-+ learned gates             those and the gates (or those and the GRU, for ``cell="gru"``)
-+ amplitude                 all weights: the policy itself
++ learned gates             those and the gates, where the cell is a mixture
++ amplitude                 all weights: the policy itself; ``+ GRU`` where that is the cell
 without pace                the policy, the pace of every tensor held at 1
 without orthogonalising     the policy, matrices moving as the mixture says
 hidden state reset          the policy, its hidden state zeroed before every step
@@ -29,7 +29,9 @@ from typing import Any, NamedTuple
 import torch
 
 from learned_optim.bench.baselines import Memory
-from learned_optim.policy import PARTS, Policy, PolicyConfig
+from learned_optim.policy.policy import PARTS, Policy
+from learned_optim.rule.cells import CELLS
+from learned_optim.rule.config import PolicyConfig
 
 
 class Ablation(NamedTuple):
@@ -45,7 +47,7 @@ def with_parts(policy: Policy, parts: Sequence[str]) -> Policy:
 
     Args:
         policy: where the weights come from; left as it is.
-        parts: names out of ``learned_optim.policy.PARTS``.
+        parts: names out of ``learned_optim.policy.policy.PARTS``.
 
     Raises:
         ValueError: an unknown part.
@@ -53,13 +55,13 @@ def with_parts(policy: Policy, parts: Sequence[str]) -> Policy:
     unknown = sorted(set(parts) - set(PARTS))
     if unknown:
         raise ValueError(f"unknown parts {unknown}; known are {sorted(PARTS)}")
-    kept = {name for part in parts for name in PARTS[part]}
-    return _with(policy, {k: w if k in kept else torch.zeros_like(w) for k, w in policy.weights().items()})
+    present = {name for part in parts for name in PARTS[part]}
+    return _with(policy, {k: w if k in present else torch.zeros_like(w) for k, w in policy.weights().items()})
 
 
-def random_weights(policy: Policy, seed: int = 0) -> Policy:
+def random_weights(policy: Policy) -> Policy:
     """A copy of ``policy`` whose weight tensors are drawn anew, each normal with the root mean square it had."""
-    rng = torch.Generator().manual_seed(seed)
+    rng = torch.Generator().manual_seed(0)
     return _with(
         policy,
         {k: torch.randn(w.shape, generator=rng) * w.detach().square().mean().sqrt() for k, w in
@@ -78,18 +80,16 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
         ValueError: ``gru`` has another cell.
     """
     config = policy.config
-    gated = config.cell == "gated"
+    is_mixture = CELLS[config.cell].is_mixture
     rows = [
         Ablation("mixture alone", with_parts(policy, ())),
         Ablation("+ tensor head", with_parts(policy, ["tensor_head"])),
     ]
     if config.pace_rate:
         rows.append(Ablation("+ learned pace", with_parts(policy, ["tensor_head", "pace"])))
-    if gated:
+    if is_mixture:
         rows.append(Ablation("+ learned gates", with_parts(policy, ["tensor_head", "pace", "gates"])))
-        rows.append(Ablation("+ amplitude", policy))
-    else:
-        rows.append(Ablation("+ GRU", policy))
+    rows.append(Ablation("+ amplitude" if is_mixture else f"+ {config.cell.upper()}", policy))
     if config.pace_gain or config.pace_rate:
         rest = {name: w for name, w in policy.weights().items() if name != "pace"}
         rows.append(Ablation("without pace", _with(policy, rest, pace_gain=0.0, pace_rate=0.0)))
@@ -97,7 +97,7 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
         rows.append(Ablation("without orthogonalising", _with(policy, policy.weights(), orthogonal=0.0)))
     rows.append(Ablation("hidden state reset", policy, "reset"))
     notes = []
-    if gated:
+    if is_mixture:
         rows.append(Ablation("hidden state without memory", policy, "none"))
     rows.append(Ablation("random weights", random_weights(policy)))
     if not any(bool(w.detach().count_nonzero()) for w in policy.weights().values()):
@@ -105,7 +105,7 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     if gru is None:
         gru = Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(0), source="untrained GRU")
         rows.append(Ablation("GRU cell, untrained", gru))
-    elif gru.config.cell != "gru":
+    elif CELLS[gru.config.cell].is_mixture:
         raise ValueError(f"the policy for the ablation with a GRU cell has cell={gru.config.cell!r}")
     else:
         rows.append(Ablation("GRU cell", gru))

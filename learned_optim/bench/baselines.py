@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from learned_optim.optimizer import LearnedOptimizer
-from learned_optim.policy import Policy
+from learned_optim.policy.policy import Policy
 from learned_optim.tasks.rollout import cosine
 
 Schedule = Literal["constant", "cosine"]
@@ -195,6 +195,6 @@ def _forget(optimizer: Optimizer, memory: Memory) -> None:
                 # An average that already is at u stays there, whatever its gate.
                 v = beta2 * state["exp_avg_sq"] + (1.0 - beta2) * p.grad.square()
                 value = p.grad / ((v / (1.0 - beta2 ** (float(state["step"]) + 1.0))).sqrt() + group["eps"])
-            for key, plane in state.items():
+            for key, tensor in state.items():
                 if key.startswith("hidden_"):
-                    plane.copy_(torch.as_tensor(value, dtype=plane.dtype))
+                    tensor.copy_(torch.as_tensor(value, dtype=tensor.dtype))

@@ -7,8 +7,6 @@ import datetime
 import hashlib
 import io
 import json
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from learned_optim.bench.curves import Run, bin_edges
+from learned_optim.policy.files import write_atomically
 
 _ARRAYS = ("losses", "evaluated_at", "held_out")
 
@@ -66,22 +65,11 @@ class RunCache:
         Raises:
             OSError: the folder cannot be written.
         """
-        numbers = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name not in _ARRAYS}
+        scalars = {f.name: getattr(run, f.name) for f in dataclasses.fields(run) if f.name not in _ARRAYS}
         arrays = {name: getattr(run, name).astype(np.float32) for name in _ARRAYS}
         buffer = io.BytesIO()
-        np.savez_compressed(buffer, head=np.array(_text({"key": dict(key), "run": numbers})), **arrays)
-        write(self.path(key), buffer.getvalue())
-
-
-def write(path: Path, data: bytes) -> None:
-    """Replace a file as a whole; its folder is made if it does not exist."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}.tmp")
-    try:
-        temporary.write_bytes(data)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+        np.savez_compressed(buffer, head=np.array(_text({"key": dict(key), "run": scalars})), **arrays)
+        write_atomically(self.path(key), buffer.getvalue())
 
 
 def log_look(folder: str | Path, policies: Mapping[str, str], tasks: Sequence[str], seeds: int, new_runs: int) -> None:

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from learned_optim.bench.cache import write
 from learned_optim.bench.curves import Run, smoothed_curve
 from learned_optim.bench.figures import Comparison, compare_all, share_at_least
 from learned_optim.bench.quality import FIXED, REFERENCE, Contender, QualityResult, TaskResult
+from learned_optim.policy.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -222,5 +222,5 @@ def _legend(figure: Any, axes: Axes, columns: int) -> None:
 def _save(figure: Any, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
-    write(path, buffer.getvalue())
+    write_atomically(path, buffer.getvalue())
     return path

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from learned_optim.bench.cache import RunCache
 from learned_optim.bench.curves import Run
-from learned_optim.bench.runs import Job, train
+from learned_optim.bench.runs import RunSpec, train
 
 
 class Progress(NamedTuple):
@@ -43,7 +43,7 @@ class Pool:
     def __init__(self, cache: RunCache, processes: int, progress: OnProgress | None) -> None:
         self.cache = cache
         self.processes = processes
-        self.new: list[Job] = []  #: made, not found
+        self.new: list[RunSpec] = []  #: runs that were made, not known before
         self._progress = progress
         self._done = self._total = 0
         self._cost_done = self._cost_total = 0.0
@@ -61,73 +61,71 @@ class Pool:
                     child.terminate()
             self._executor.shutdown(wait=clean, cancel_futures=True)
 
-    def announce(self, jobs: Sequence[Job]) -> None:
-        """Count jobs that will be run, so that the time left is known."""
-        self._total += len(jobs)
-        self._cost_total += sum(job.cost for job in jobs)
+    def announce(self, specs: Sequence[RunSpec]) -> None:
+        """Count runs that will be made, so that the time left is known."""
+        self._total += len(specs)
+        self._cost_total += sum(spec.cost for spec in specs)
         self._tell("", False)
 
-    def run(self, jobs: Sequence[Job]) -> dict[Job, Run]:
-        """The runs of announced jobs."""
-        results: dict[Job, Run] = {}
+    def run(self, specs: Sequence[RunSpec]) -> dict[RunSpec, Run]:
+        """The runs, all of which were announced."""
+        results: dict[RunSpec, Run] = {}
         todo = []
-        for job in jobs:
-            known = self.cache.get(job.key())
+        for spec in specs:
+            known = self.cache.get(spec.key())
             if known is None:
-                todo.append(job)
+                todo.append(spec)
             else:
-                results[job] = known
-                self._finished(job, True)
+                results[spec] = known
+                self._finished(spec, True)
         if self.processes == 1 or len(todo) < 2:
-            for job in todo:
-                results[job] = run = train(job)
-                self.cache.put(job.key(), run)
-                self._finished(job, False)
+            for spec in todo:
+                results[spec] = run = train(spec)
+                self.cache.put(spec.key(), run)
+                self._finished(spec, False)
             return results
         return results | self._in_processes(todo)
 
-    def _in_processes(self, jobs: list[Job]) -> dict[Job, Run]:
-        for job in jobs:
+    def _in_processes(self, specs: list[RunSpec]) -> dict[RunSpec, Run]:
+        for spec in specs:
             try:
-                pickle.dumps(job)
+                pickle.dumps(spec)
             except (pickle.PicklingError, AttributeError, TypeError) as error:
-                name = job.task if isinstance(job.task, str) else job.task.name
                 raise ValueError(
-                    f"task {name!r} cannot be sent to another process ({error}); use processes=1"
+                    f"task {spec.task_name!r} cannot be sent to another process ({error}); use processes=1"
                 ) from error
         if self._executor is None:
             context = multiprocessing.get_context("spawn")
             self._executor = ProcessPoolExecutor(self.processes, context, initializer=_quiet_interruption)
-        results: dict[Job, Run] = {}
-        waiting = iter(jobs)
-        running: dict[Future[Run], Job] = {}
+        results: dict[RunSpec, Run] = {}
+        waiting = iter(specs)
+        running: dict[Future[Run], RunSpec] = {}
         while True:
             # No more than the processes take: an interruption then leaves nothing behind.
-            while len(running) < self.processes and (job := next(waiting, None)) is not None:
-                running[self._executor.submit(_train_and_store, job, str(self.cache.folder))] = job
+            while len(running) < self.processes and (spec := next(waiting, None)) is not None:
+                running[self._executor.submit(_train_and_store, spec, str(self.cache.folder))] = spec
             if not running:
                 return results
             for future in wait(running, return_when=FIRST_COMPLETED).done:
-                job = running.pop(future)
-                results[job] = future.result()
-                self._finished(job, False)
+                spec = running.pop(future)
+                results[spec] = future.result()
+                self._finished(spec, False)
 
-    def _finished(self, job: Job, cached: bool) -> None:
+    def _finished(self, spec: RunSpec, cached: bool) -> None:
         self._done += 1
-        self._cost_done += job.cost
+        self._cost_done += spec.cost
         if not cached:
-            self.new.append(job)
-        name = job.task if isinstance(job.task, str) else job.task.name
-        self._tell(f"{name}, {job.setting.optimizer} {job.setting}, seed {job.seed}", cached)
+            self.new.append(spec)
+        self._tell(f"{spec.task_name}, {spec.setting.optimizer} {spec.setting}, seed {spec.seed}", cached)
 
     def _tell(self, what: str, cached: bool) -> None:
         if self._progress is not None:
             self._progress(Progress(self._done, self._total, self._cost_done, self._cost_total, what, cached))
 
 
-def _train_and_store(job: Job, folder: str) -> Run:
-    run = train(job)
-    RunCache(Path(folder)).put(job.key(), run)
+def _train_and_store(spec: RunSpec, folder: str) -> Run:
+    run = train(spec)
+    RunCache(Path(folder)).put(spec.key(), run)
     return run
 
 

@@ -14,8 +14,8 @@ from learned_optim.bench.cache import RunCache, log_look
 from learned_optim.bench.curves import Run, final_loss
 from learned_optim.bench.pool import OnProgress, Pool
 from learned_optim.bench.quality_config import QualityConfig
-from learned_optim.bench.runs import Job, behaviour, find_task, one_thread
-from learned_optim.policy import Policy
+from learned_optim.bench.runs import RunSpec, behaviour, find_task, one_thread
+from learned_optim.policy.policy import Policy
 from learned_optim.tasks import FAMILIES, Task, get_families
 
 REFERENCE = "AdamW, tuned"
@@ -84,7 +84,7 @@ class QualityResult:
 
 
 def run_quality(
-    config: QualityConfig | None = None,
+    config: QualityConfig,
     *,
     tasks: Sequence[Task] | None = None,
     policies: Mapping[str, Policy] | None = None,
@@ -95,7 +95,7 @@ def run_quality(
     Interrupted, it can be called again and goes on where it was. Nothing is printed.
 
     Args:
-        config: what is run; ``QualityConfig()`` if ``None``.
+        config: what is run.
         tasks: tasks of one's own, instead of the zoo's that ``config.tasks`` names.
         policies: policies by label, instead of those that ``config.policies`` names.
         progress: called after every run.
@@ -104,7 +104,7 @@ def run_quality(
         ValueError: an unknown task or policy, or settings out of range.
         OSError: the cache cannot be written.
     """
-    config = (config or QualityConfig()).effective()
+    config = config.effective()
     policies = load_policies(config.policies) if policies is None else policies
     contenders, notes = _contenders(config, policies)
     wanted: list[str | Task] = list(tasks) if tasks is not None else list(_names(config))
@@ -123,7 +123,7 @@ def run_quality(
     if cache.damaged:
         notes.append(f"{len(cache.damaged)} damaged files in the cache were made again")
     if any(p.split == "validation" for p in plans):
-        new = sum(job.setting.optimizer == "learned" for job in pool.new)
+        new = sum(spec.setting.optimizer == "learned" for spec in pool.new)
         prints = {label: policy.fingerprint() for label, policy in policies.items()}
         log_look(cache.folder, prints, [p.name for p in plans], config.seeds, new)
     return QualityResult(config, tuple(contenders), tuple(results), tuple(notes), len(pool.new))
@@ -154,7 +154,7 @@ def _names(config: QualityConfig) -> list[str]:
 def _contenders(config: QualityConfig, policies: Mapping[str, Policy]) -> tuple[list[Contender], list[str]]:
     if not policies:
         raise ValueError("there is no policy to measure")
-    found: list[Contender] = []
+    contenders: list[Contender] = []
     notes: list[str] = []
 
     def learned(policy: Policy, setting: Setting) -> Setting:
@@ -165,25 +165,25 @@ def _contenders(config: QualityConfig, policies: Mapping[str, Policy]) -> tuple[
 
     default = Setting("learned", DEFAULT_LR)
     for number, (label, policy) in enumerate(policies.items()):
-        found.append(Contender(f"learned: {label}", "learned", (learned(policy, default),), policy, label))
+        contenders.append(Contender(f"learned: {label}", "learned", (learned(policy, default),), policy, label))
         if number == 0 and config.tune_lr:
             settings = tuple(learned(policy, setting) for setting in grid("learned", quick=config.quick))
-            found.append(Contender(f"learned: {label}, lr tuned", "learned, tuned", settings, policy, label))
+            contenders.append(Contender(f"learned: {label}, lr tuned", "learned, tuned", settings, policy, label))
     for baseline in config.baselines:
         why = missing(baseline)
         if why is not None:
             notes.append(why)
             continue
-        found.append(Contender(_BASELINES[baseline], "baseline", grid(baseline, quick=config.quick)))
-    found.append(Contender(FIXED, "baseline", (ADAMW_1E3,)))
+        contenders.append(Contender(_BASELINES[baseline], "baseline", grid(baseline, quick=config.quick)))
+    contenders.append(Contender(FIXED, "baseline", (ADAMW_1E3,)))
     if config.ablations:
         label, policy = next(iter(policies.items()))
         rows, remarks = ablations(policy, Policy.from_pretrained(config.gru) if config.gru else None)
         notes += remarks
         for row in rows:
             setting = learned(row.policy, dataclasses.replace(default, memory=row.memory))
-            found.append(Contender(row.name, "ablation", (setting,), row.policy, label))
-    return found, notes
+            contenders.append(Contender(row.name, "ablation", (setting,), row.policy, label))
+    return contenders, notes
 
 
 class _Plan:
@@ -191,48 +191,47 @@ class _Plan:
 
     def __init__(self, task: str | Task, config: QualityConfig, contenders: Sequence[Contender]) -> None:
         self.config, self.contenders = config, contenders
-        found = find_task(task)
-        self.name = found.name
         family = FAMILIES.get(task.rpartition("/")[0]) if isinstance(task, str) else None
         self.split = family.split if family else ""
-        self.steps = min(found.length, config.max_length) if config.max_length else found.length
-        self._task = task
+        self._task, task = task, find_task(task)
+        self.name = task.name
+        self.steps = min(task.length, config.max_length) if config.max_length else task.length
         with one_thread():
-            self._behaviour, seconds = behaviour(found)
+            self._behaviour, seconds = behaviour(task)
         self._cost = 1.5 * seconds * self.steps
-        self._jobs: dict[tuple[Setting, int], Job] = {}  # contenders share settings, and shared ones are run once
-        self._runs: dict[Job, Run] = {}
+        self._specs: dict[tuple[Setting, int], RunSpec] = {}  # contenders share settings, and shared ones are run once
+        self._runs: dict[RunSpec, Run] = {}
         rest = range(1, config.seeds)
         self.first = [
-            job for c in contenders for s in c.settings
+            spec for c in contenders for s in c.settings
             for seed in (0, *(rest if len(c.settings) == 1 or not config.keep else ()))
-            if (job := self._job(s, seed, c.policy)) is not None
+            if (spec := self._spec(s, seed, c.policy)) is not None
         ]  # fmt: skip
 
-    def _job(self, setting: Setting, seed: int, policy: Policy | None) -> Job | None:
-        """A new job, or ``None`` if there is one."""
-        if (setting, seed) in self._jobs:
+    def _spec(self, setting: Setting, seed: int, policy: Policy | None) -> RunSpec | None:
+        """A new spec, or ``None`` if there is one."""
+        if (setting, seed) in self._specs:
             return None
-        job = Job(
+        spec = RunSpec(
             self._task, self.steps, seed, setting, policy, self.config.evaluations, self._behaviour, self._cost
         )  # fmt: skip
-        self._jobs[setting, seed] = job
-        return job
+        self._specs[setting, seed] = spec
+        return spec
 
-    def make(self, pool: Pool, jobs: Sequence[Job]) -> None:
-        self._runs |= pool.run(jobs)
+    def make(self, pool: Pool, specs: Sequence[RunSpec]) -> None:
+        self._runs |= pool.run(specs)
 
-    def rest(self) -> list[Job]:
+    def rest(self) -> list[RunSpec]:
         """The best settings of the first seed, on the other seeds."""
-        jobs = []
+        specs = []
         for c in self.contenders:
             best = sorted(c.settings, key=lambda s: _mean_final(self._of(s)[:1]))[: self.config.keep]
-            jobs += [self._job(s, seed, c.policy) for s in best for seed in range(1, self.config.seeds)]
-        return [job for job in jobs if job is not None]
+            specs += [self._spec(s, seed, c.policy) for s in best for seed in range(1, self.config.seeds)]
+        return [spec for spec in specs if spec is not None]
 
     def _of(self, setting: Setting) -> list[Run]:
         keys = [(setting, seed) for seed in range(self.config.seeds)]
-        return [self._runs[self._jobs[key]] for key in keys if key in self._jobs]
+        return [self._runs[self._specs[key]] for key in keys if key in self._specs]
 
     def choose(self, contender: Contender) -> Choice:
         complete = [s for s in contender.settings if len(self._of(s)) == self.config.seeds]

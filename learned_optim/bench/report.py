@@ -1,4 +1,4 @@
-"""What the quality suite shows: Markdown tables, and ``results.json`` in the form of :mod:`learned_optim.card`."""
+"""What the quality suite shows: Markdown tables, and ``results.json`` as :mod:`learned_optim.policy.card` wants it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from learned_optim import card
-from learned_optim.bench.cache import write
 from learned_optim.bench.figures import Comparison, Summary, compare_all, summarise
 from learned_optim.bench.quality import FIXED, REFERENCE, Contender, QualityResult
+from learned_optim.policy.card import validate_results
+from learned_optim.policy.files import write_atomically
 
 DEFINITION = (
     "Speedup: steps the reference needs to reach its own final smoothed training loss / steps the contender needs to "
@@ -129,44 +129,44 @@ def results(result: QualityResult, contender: Contender | None = None, *, comman
     }  # fmt: skip
     own["evaluation"] = {key: value for key, value in made.items() if value is not None}
     own["quality"] = _everything(result)
-    card.validate_results(own)
+    validate_results(own)
     return own
 
 
 def write_results(folder: Path, values: dict[str, Any]) -> None:
     """Write ``results.json`` into ``folder``."""
     text = json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    write(folder / "results.json", text.encode())
+    write_atomically(folder / "results.json", text.encode())
 
 
 def _summary(result: QualityResult, contender: Contender) -> dict[str, float | str]:
     baselines = [c.name for c in result.contenders if c.role == "baseline"]
-    found: dict[str, float | str | None] = {}
+    summary: dict[str, float | str | None] = {}
     for name in baselines:
         s = summarise(compare_all(result, contender.name, name))
-        found[f"speedup over {name}, geometric mean"] = s.speedup
+        summary[f"speedup over {name}, geometric mean"] = s.speedup
         if name == REFERENCE:
-            found["spread over seeds, of its logarithm"] = s.spread
-            found["worst task"] = s.worst
-            found["runs that diverged"] = s.diverged
-            found["held-out speedup, geometric mean"] = s.held_out_speedup
-            found["held-out loss at the end, over the reference's, geometric mean"] = s.held_out_ratio
-            found["time per step, over the reference's"] = s.time_ratio
+            summary["spread over seeds, of its logarithm"] = s.spread
+            summary["worst task"] = s.worst
+            summary["runs that diverged"] = s.diverged
+            summary["held-out speedup, geometric mean"] = s.held_out_speedup
+            summary["held-out loss at the end, over the reference's, geometric mean"] = s.held_out_ratio
+            summary["time per step, over the reference's"] = s.time_ratio
     tuned = [c for c in result.contenders if c.role == "learned, tuned" and c.label == contender.label]
     for c in tuned:
         for name in baselines:
             s = summarise(compare_all(result, c.name, name))
-            found[f"speedup over {name}, geometric mean, lr tuned too"] = s.speedup
+            summary[f"speedup over {name}, geometric mean, lr tuned too"] = s.speedup
     for c in [c for c in result.contenders if c.role == "ablation" and c.label == contender.label]:
-        found[f"speedup over {REFERENCE}, {c.name}"] = _plus_minus(summarise(compare_all(result, c.name, REFERENCE)))
-    return {key: _rounded(value) for key, value in found.items() if value is not None}
+        summary[f"speedup over {REFERENCE}, {c.name}"] = _plus_minus(summarise(compare_all(result, c.name, REFERENCE)))
+    return {key: _rounded(value) for key, value in summary.items() if value is not None}
 
 
 def _everything(result: QualityResult) -> dict[str, Any]:
-    found = []
+    contenders = []
     for c in result.contenders:
         comparisons = compare_all(result, c.name, REFERENCE)
-        found.append({
+        contenders.append({
             "name": c.name, "role": c.role, "settings": len(c.settings),
             "policy": c.policy.fingerprint() if c.policy is not None else None,
             "summary": _plain(summarise(comparisons)),
@@ -178,7 +178,7 @@ def _everything(result: QualityResult) -> dict[str, Any]:
         })  # fmt: skip
     return {
         "reference": _reference(result), "definition": DEFINITION, "config": result.config.to_dict(),
-        "notes": list(result.notes), "contenders": found,
+        "notes": list(result.notes), "contenders": contenders,
     }  # fmt: skip
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from learned_optim.bench.baselines import Driver, Setting
 from learned_optim.bench.curves import Run, binned
-from learned_optim.policy import Policy
+from learned_optim.policy.policy import Policy
 from learned_optim.tasks import FAMILIES, Task
 
 #: Goes up when runs made before are no longer comparable.
@@ -27,12 +27,9 @@ FORMAT = 1
 #: Batches that BatchNorm's averages are taken over again where weights other than the trained ones are evaluated.
 CALIBRATION = 20
 
-_RULE = ("update_rule", "cells", "features", "coordinates", "orthogonal", "clamps", "policy", "backends", "compiled",
-         "kernels", "jobs", "waves", "rounding", "optimizer")  # fmt: skip
-
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Job:
+class RunSpec:
     """A run to be made.
 
     Args:
@@ -55,11 +52,15 @@ class Job:
     behaviour: str
     cost: float
 
+    @property
+    def task_name(self) -> str:
+        return self.task if isinstance(self.task, str) else self.task.name
+
     def key(self) -> dict[str, Any]:
         """Everything that shapes the run, as plain JSON types."""
         key: dict[str, Any] = {
-            "format": FORMAT, "task": self.task if isinstance(self.task, str) else self.task.name,
-            "behaviour": self.behaviour, "steps": self.steps, "seed": self.seed, "setting": self.setting.to_dict(),
+            "format": FORMAT, "task": self.task_name, "behaviour": self.behaviour,
+            "steps": self.steps, "seed": self.seed, "setting": self.setting.to_dict(),
             "evaluations": self.evaluations, "torch": ".".join(torch.__version__.split(".")[:2]),
         }  # fmt: skip
         if self.setting.optimizer == "learned":
@@ -74,11 +75,11 @@ class Job:
 @lru_cache(maxsize=1)
 def rule_sources() -> str:
     """Hash of the source files that a learned optimizer's step goes through."""
-    folder = Path(__file__).parent.parent
+    package = Path(__file__).parent.parent
+    paths = [package / "optimizer.py", *(p for folder in ("rule", "engine") for p in (package / folder).rglob("*.py"))]
     digest = hashlib.sha256()
-    for name in _RULE:
-        path = folder / f"{name}.py"
-        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in sorted(paths):
+        digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -150,21 +151,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-def train(job: Job) -> Run:
-    """Make a run. The same job gives the same losses; the seconds are this machine's.
+def train(spec: RunSpec) -> Run:
+    """Make a run. The same spec gives the same losses; the seconds are this machine's.
 
     The initial parameters and the batches of a seed are the same for every setting. Training losses are those of the
     weights at which gradients are taken; held-out losses those of the weights a user would keep, which for
     schedule-free AdamW are the averaged ones (with BatchNorm's averages taken anew from training batches).
     """
-    task, steps = find_task(job.task), job.steps
-    seed = zlib.crc32(f"bench/{task.name}/{job.seed}".encode())
+    task, steps = find_task(spec.task), spec.steps
+    seed = zlib.crc32(f"bench/{task.name}/{spec.seed}".encode())
     with one_thread():
         params, buffers = task.init(torch.Generator().manual_seed(seed))
         leaves = {name: p.requires_grad_() for name, p in params.items()}
-        driver = Driver(job.setting, leaves, steps, job.policy)
+        driver = Driver(spec.setting, leaves, steps, spec.policy)
         batches = task.batches(torch.Generator().manual_seed(seed + 1))
-        at = evaluation_steps(steps, job.evaluations) if getattr(task, "eval_loss", None) is not None else []
+        at = evaluation_steps(steps, spec.evaluations) if getattr(task, "eval_loss", None) is not None else []
         held_out = [math.inf] * len(at)
         losses = np.full(steps, math.inf)
         clocks = np.zeros((steps, 2))

@@ -53,9 +53,9 @@ class Gpt(nn.Module):
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int = 4) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads = 4
         self.norm1, self.norm2 = nn.LayerNorm(width, bias=False), nn.LayerNorm(width, bias=False)
         self.qkv, self.mix = nn.Linear(width, 3 * width, bias=False), nn.Linear(width, width, bias=False)
         self.up, self.down = nn.Linear(width, 4 * width, bias=False), nn.Linear(4 * width, width, bias=False)
@@ -89,7 +89,7 @@ def _muon(params: list[Tensor]) -> Any:
 
 def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]:
     """Optimizers by name, those that this installation has and that suit these tensors."""
-    found: dict[str, Callable[[list[Tensor]], Any]] = {
+    optimizers: dict[str, Callable[[list[Tensor]], Any]] = {
         REFERENCE: torch.optim.AdamW,
         "AdamW (foreach)": lambda ps: torch.optim.AdamW(ps, foreach=True),
         "AdamW (fused)": lambda ps: torch.optim.AdamW(ps, fused=True),
@@ -97,15 +97,15 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
     # Matrix products grow with the third power of a matrix's side: minutes for the largest.
     products = any(p.ndim == 2 for p in params) and max(p.numel() for p in params) <= 1 << 22
     if hasattr(torch.optim, "Muon") and products:
-        found["Muon"] = _muon
+        optimizers["Muon"] = _muon
     try:
         from schedulefree import AdamWScheduleFree
 
-        found["schedule-free AdamW"] = AdamWScheduleFree
+        optimizers["schedule-free AdamW"] = AdamWScheduleFree
     except ImportError:
         pass
     if products:
-        found[ORTHOGONAL] = lambda ps: LearnedOptimizer(ps, backend="compiled")
+        optimizers[ORTHOGONAL] = lambda ps: LearnedOptimizer(ps, backend="compiled")
     rest: dict[str, dict[str, Any]] = {
         "eager": {"backend": "eager"},
         "compiled": {},
@@ -114,8 +114,8 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
     }
     for name, options in rest.items():
         options = {"policy": "elementwise", "backend": "compiled", **options}
-        found[f"ours, {name}"] = lambda ps, options=options: LearnedOptimizer(ps, **options)
-    return found
+        optimizers[f"ours, {name}"] = lambda ps, options=options: LearnedOptimizer(ps, **options)
+    return optimizers
 
 
 def _wait(device: str) -> None:
@@ -276,37 +276,37 @@ def run(
 
 
 def _on(device: str, sizes: Sequence[int], repeats: int, model: bool, progress: Progress) -> dict[str, Any]:
-    found: dict[str, Any] = {"cases": [], "training": None}
+    measured: dict[str, Any] = {"cases": [], "training": None}
     for size in sizes:
         # Seven optimizers with their own parameters, gradients and state: 8 to 32 bytes each.
         if 150.0 * size < _free_memory():
             progress(f"{device}: one tensor of {size:,} parameters")
-            found["cases"].append(steps([_matrix(size)], max(3, repeats if size < 5e7 else repeats // 3), device))
+            measured["cases"].append(steps([_matrix(size)], max(3, repeats if size < 5e7 else repeats // 3), device))
     if model:
         progress(f"{device}: a GPT's tensors")
         shapes = [p.shape for p in Gpt().parameters()]
         count = sum(math.prod(shape) for shape in shapes)
-        found["cases"] += [steps([_matrix(count)], repeats, device), steps(shapes, repeats, device)]
+        measured["cases"] += [steps([_matrix(count)], repeats, device), steps(shapes, repeats, device)]
         progress(f"{device}: a GPT's training steps")
-        found["training"] = training_steps(max(3, repeats // 3), device)
-    return found
+        measured["training"] = training_steps(max(3, repeats // 3), device)
+    return measured
 
 
 def table(result: dict[str, Any]) -> str:
     """The figures as Markdown."""
     lines = [f"torch {result['torch']}, {result['threads']} threads, load {result['load']:.1f} at the start; medians "
              f"of {result['repeats']} steps taken in turns, quartiles in brackets.", ""]  # fmt: skip
-    for device, found in result["devices"].items():
+    for device, measured in result["devices"].items():
         lines += [f"| {device}: optimizer | tensors | parameters | ns per parameter | × AdamW | bytes of state each |",
                   "|---|---|---|---|---|---|"]  # fmt: skip
-        for case in found["cases"]:
+        for case in measured["cases"]:
             for name, row in case["optimizers"].items():
                 lines.append(
                     f"| {name} | {case['tensors']} | {case['parameters']:,} | {row['median']:.2f} "
                     f"({row['low']:.2f}–{row['high']:.2f}) | {row['ratio']:.2f} | {row['bytes']:.0f} |"
                 )
-        if found["training"]:
-            of = found["training"]
+        if measured["training"]:
+            of = measured["training"]
             title = f"{device}: training step of the GPT, batch {of['batch']} × {of['length']}"
             lines += ["", f"| {title} | ms | × AdamW |", "|---|---|---|"]
             lines += [f"| {name} | {row['median']:.0f} ({row['low']:.0f}–{row['high']:.0f}) | {row['ratio']:.3f} |"
@@ -328,9 +328,9 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
         return None
     devices = result["devices"]
     figure = Figure(figsize=(6.0 * len(devices) + 1.5, 4.2), layout="constrained")
-    for axes, (device, found) in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices.items(), strict=True):
+    for axes, (device, values) in zip(figure.subplots(1, len(devices), squeeze=False)[0], devices.items(), strict=True):
         lines: dict[str, list[tuple[int, float]]] = {}
-        for case in sorted(found["cases"], key=lambda c: c["parameters"]):
+        for case in sorted(values["cases"], key=lambda c: c["parameters"]):
             for name, row in case["optimizers"].items() if case["tensors"] == 1 else ():
                 lines.setdefault(name, []).append((case["parameters"], row["median"]))
         for name, points in lines.items():

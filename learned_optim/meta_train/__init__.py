@@ -1,17 +1,23 @@
 """Meta-training: make update rules by training them on tasks. Names are imported on first use.
 
-config.py         what a run is made of
-problem.py        a task as the unroll sees it
-unroll.py         differentiable inner training
-meta_loss.py      what is minimised
-trajectories.py   which task, seed and length comes next
-estimators.py     back-propagation, ES, PES
-combine.py        many estimates into one meta-gradient
-outer_loop.py     the loop, and ``meta_train``
-validation.py     how good a policy is on other tasks
-checkpoint.py     the folder of a run
-distributed.py    several processes
-progress.py       what the user sees
+config.py            what a run is made of
+outer_loop.py        the loop, and ``meta_train``: start here
+trajectories.py      which task, seed and length comes next, and how far it has come
+estimators.py        back-propagation, ES, PES: from a trajectory to a meta-gradient
+meta_loss.py         what is minimised
+time_ratio.py        the time one run takes over another's, which ES and validation compare
+aggregate.py         many estimates into one meta-gradient
+meta_optimizer.py    what makes a step of it
+problem.py           a task as the unroll sees it
+unroll.py            differentiable inner training
+vectorized.py        many runs of one task as one batch of tensors
+compiled_update.py   the update rule compiled for both
+backend.py           whether that pays
+validation.py        how good a policy is on other tasks
+checkpoint.py        the folder of a run
+distributed.py       several processes
+signals.py           ends that wait for an outer step
+progress.py          what the user sees; curves.py: the picture of a run
 """
 
 from __future__ import annotations

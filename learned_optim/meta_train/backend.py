@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from learned_optim.kernels import find_compiler
+from learned_optim.engine.kernels import find_compiler
 from learned_optim.meta_train.config import MetaTrainConfig
-from learned_optim.policy import PolicyConfig
+from learned_optim.rule.cells import CELLS
+from learned_optim.rule.config import PolicyConfig
 
 #: Inner steps from which ``auto`` compiles. Compiled, an inner step is some 2 ms shorter; the kernels of whole
 #: trajectories take 20 to 30 s to make, those of the unroll with their backward pass about a minute.
@@ -23,7 +24,7 @@ def chosen_backend(config: MetaTrainConfig, policy: PolicyConfig) -> Literal["ea
     """
     if config.backend != "auto":
         return config.backend
-    if policy.cell != "gated" or find_compiler(config.device) is None:
+    if not CELLS[policy.cell].is_mixture or find_compiler(config.device) is None:
         return "eager"
     return "compiled" if planned_inner_steps(config) >= WORTH_COMPILING[config.estimator] else "eager"
 

@@ -21,34 +21,13 @@ from typing import Any
 
 import torch
 
-from learned_optim.filenames import naming
 from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.policy.files import TEMPORARY, naming, temporary_path, write_atomically
 
-#: Of what a checkpoint holds; from 2 on courses of the losses for validation.
-FORMAT = 2
+#: Of what a checkpoint holds; others are refused.
+FORMAT = 3
 CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Replace ``path`` as a whole: a reader sees the old file or the new one, also after a power cut."""
-    temporary = path.with_name(path.name + ".writing")
-    temporary.unlink(missing_ok=True)  # of a run that was killed; and "x" follows no link that was put there
-    try:
-        with naming(path), open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        with naming(path):
-            os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class RunFolder:
@@ -78,7 +57,7 @@ class RunFolder:
             if not resume and ((self.path / CURRENT).exists() or (self.path / METRICS).exists()):
                 raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another "
                                       "folder")  # fmt: skip
-            for pattern in ("*.writing", "*/.*.tmp"):  # of a run that was killed
+            for pattern in (TEMPORARY, f"*/{TEMPORARY}"):  # of a run that was killed
                 for left_over in self.path.glob(pattern):
                     left_over.unlink()
             probe = self.path / ".probe"
@@ -104,14 +83,14 @@ class RunFolder:
         data = buffer.getvalue()
         if current.exists():
             # A link, not a move: at no moment is there no current checkpoint.
-            temporary = self.path / (PREVIOUS + ".writing")
-            temporary.unlink(missing_ok=True)
+            temporary = temporary_path(self.path / PREVIOUS)
             try:
                 os.link(current, temporary)
                 os.replace(temporary, self.path / PREVIOUS)
-                temporary.unlink(missing_ok=True)  # where both already were one file, replacing does nothing
             except OSError:  # file systems without links; where the reason is another, this raises as well
                 write_atomically(self.path / PREVIOUS, current.read_bytes())
+            finally:
+                temporary.unlink(missing_ok=True)  # where both already were one file, replacing did nothing
         write_atomically(current, data)
 
     def load(self, config: MetaTrainConfig) -> dict[str, Any] | None:
@@ -163,16 +142,16 @@ class RunFolder:
     def rewind(self, outer_step: int) -> list[dict[str, Any]]:
         """Drop the metrics of outer steps that the checkpoint does not know; returns those it does."""
         path = self.path / METRICS
-        kept = []
+        known = []
         for line in path.read_text().splitlines() if path.exists() else ():
             try:
                 metrics = json.loads(line)
             except ValueError:
                 continue  # cut off in the middle by whatever ended the run
             if metrics["outer_step"] < outer_step:
-                kept.append(metrics)
-        write_atomically(path, "".join(json.dumps(m) + "\n" for m in kept).encode())
-        return kept
+                known.append(metrics)
+        write_atomically(path, "".join(json.dumps(m) + "\n" for m in known).encode())
+        return known
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -12,14 +12,14 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Estimator = Literal["backprop", "es", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
-Part = Literal["pace", "step_size", "averaging", "agreement", "tensor_head", "gates", "amplitude", "gru"]
+Part = Literal["pace", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
 
 #: Parts of the tensor head, thirteen numbers each: in which direction they move its outputs, which are the logarithms
-#: of step size, weights of momentum and gradient, odds of the agreement gate, and weights of the hidden units.
+#: of step size, weights of momentum and gradient, odds of caution, and weights of the hidden units.
 HEAD_DIRECTIONS: dict[str, tuple[float, ...]] = {
     "step_size": (1.0,),
     "averaging": (0.0, -1.0, -1.0, 0.0, 1.0),
-    "agreement": (0.0, 0.0, 0.0, 1.0),
+    "caution": (0.0, 0.0, 0.0, 1.0),
 }
 
 
@@ -37,14 +37,14 @@ class MetaTrainConfig:
         learn: the policy, the initial parameters of the optimizee, or both.
         parts: parts of the policy that are learned. Four have few numbers, which ``es`` finds in a fraction of the
             time: ``pace`` (what a tensor's step size grows or shrinks by), and parts of the tensor head ``step_size``,
-            ``averaging`` (the long average against momentum and gradient) and ``agreement``. Empty means ``pace`` and
-            ``step_size`` for ``es`` and ``pes`` where the cell is gated, and all that the policy has otherwise.
+            ``averaging`` (the long average against momentum and gradient) and ``caution``. Empty means ``pace`` and
+            ``step_size`` for ``es`` and ``pes`` where the cell is a mixture, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
             meta-batch each of ``backprop`` and ``pes``, mixed by inverse variance (Metz et al. 2019).
         meta_batch: trajectories per outer step (``es``: tasks; ``pes``: antithetic pairs of particles).
-        pairs: antithetic pairs per task (``es``). Several are run side by side, as one batch of networks: for small
+        pairs: antithetic pairs per task (``es``). Several are vectorized, run as one batch of networks: for small
             networks, and on a GPU, a fraction of the time that they take one by one.
         unroll_length: inner steps per truncation (``backprop``, ``pes``).
         second_order: differentiate through the inner gradients too; exact, and slower (``backprop``).
@@ -74,7 +74,7 @@ class MetaTrainConfig:
         patience: validations without improvement before the run ends early; 0 never.
         save_every: outer steps between checkpoints.
         keep_going: a task that raises is left out, named and counted, instead of ending the run.
-        device: where several pairs are run side by side, ``cpu`` or ``cuda`` (``es``). Validation stays on the CPU.
+        device: where several pairs are vectorized, ``cpu`` or ``cuda`` (``es``). Validation stays on the CPU.
         threads: of torch in each process; small networks are fastest with 1.
         backend: how the update rule is run. ``compiled`` makes inner steps about three times as fast once it has
             compiled, half a minute (``es``) to two minutes (``backprop``, ``pes``) the first time on a machine;
@@ -160,11 +160,11 @@ class MetaTrainConfig:
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
 
-    def with_parts(self, cell: str) -> MetaTrainConfig:
-        """The same with ``parts`` spelt out, for a policy with this cell."""
+    def with_parts(self, is_mixture: bool) -> MetaTrainConfig:
+        """The same with ``parts`` spelt out, for a policy whose cell is a mixture of averages, or is not."""
         if self.parts:
             return self
-        few = self.estimator in ("es", "pes") and cell == "gated"
+        few = self.estimator in ("es", "pes") and is_mixture
         everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part not in HEAD_DIRECTIONS)
         return dataclasses.replace(self, parts=("pace", "step_size") if few else everything)
 

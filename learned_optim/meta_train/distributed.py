@@ -1,6 +1,6 @@
 """Several processes: each computes its slots of the meta-batch, all then make the same outer step.
 
-Started by ``torchrun --nproc-per-node N -m learned_optim.meta_train ...``; in one process every call is trivial.
+Started by ``torchrun --nproc-per-node N -m learned_optim meta-train ...``; in one process every call is trivial.
 Results are gathered in the order of the slots, so that the sum does not depend on the number of processes.
 """
 

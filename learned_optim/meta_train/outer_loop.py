@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
-from learned_optim.hub import save_policy
 from learned_optim.meta_train import distributed
+from learned_optim.meta_train.aggregate import GradientAggregator
+from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.checkpoint import RunFolder
-from learned_optim.meta_train.combine import Combiner
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import (
-    BackpropTruncated,
     Estimate,
+    GradientEstimator,
     make_estimator,
     with_weights,
     within_parts,
@@ -27,13 +28,19 @@ from learned_optim.meta_train.meta_optimizer import meta_optimizer
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.signals import collected_signals
-from learned_optim.meta_train.trajectories import Running, TaskSource
+from learned_optim.meta_train.trajectories import TaskSource, Trajectory
 from learned_optim.meta_train.validation import Outcome, mean_difference, validate
-from learned_optim.policy import PARTS, Policy, PolicyConfig
+from learned_optim.policy.files import write_atomically
+from learned_optim.policy.policy import PARTS, Policy
+from learned_optim.rule.cells import CELLS
+from learned_optim.rule.config import PolicyConfig
 from learned_optim.tasks import TaskFamily, check_task, get_families
 from learned_optim.tasks.base import Task
 
 COMPILING = "compiling the update rule, a minute or two the first time on a machine"
+
+#: Attributes of a run that a checkpoint holds as they are.
+_PLAIN = ("outer_step", "inner_steps", "seconds", "best_value", "before", "stale", "failures")
 
 
 class MetaTrainResult(NamedTuple):
@@ -90,7 +97,7 @@ def meta_train(
     try:
         with distributed.process_group():
             start = start or _start(config)
-            config = config.with_parts(start.config.cell)
+            config = config.with_parts(CELLS[start.config.cell].is_mixture)
             run = _Run(config, families, validation, start, meta_loss)
             folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
             try:
@@ -125,8 +132,10 @@ class _Run:
         self.policy = with_weights(start, start.weights())
         self.policy.source = "meta-trained"
         self.source = TaskSource(families, config, start.config)
-        self.estimator = make_estimator(self.source, config, meta_loss or META_LOSSES[config.meta_loss])
-        self.combiner = Combiner(config.clip, by_family=config.estimator != "es")
+        self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
+        self.backend: str = chosen_backend(config, start.config)
+        self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
+        self.aggregator = GradientAggregator(config.clip, by_family=config.estimator != "es")
         self.learned = self._learned_names()
         self.init: torch.nn.Parameter | None = None
         self.init_problem: Problem | None = None
@@ -166,17 +175,17 @@ class _Run:
         if folder is not None:
             folder.start(config)
             history = folder.rewind(self.outer_step)
+        estimator = make_estimator(self.source, config, self.meta_loss, self.backend, self.trajectories)
         first = distributed.rank() == 0
-        compiled = self.estimator.backend == "compiled"
         bar = Progress(config.outer_steps, self.outer_step, folder.path if folder else None,
-                       show_progress if first else False, COMPILING if compiled else "")  # fmt: skip
+                       show_progress if first else False, COMPILING if self.backend == "compiled" else "")  # fmt: skip
         with collected_signals() as received:
             try:
                 stop = None
                 if saved is None and config.validate_every:
                     self.before = self._validation_outcomes()
                 while self.outer_step < config.outer_steps and stop is None:
-                    metrics = self._outer_step()
+                    metrics = self._outer_step(estimator)
                     history.append(metrics)
                     if folder is not None:
                         folder.log(metrics)
@@ -200,19 +209,18 @@ class _Run:
         policy, init = self.best
         return MetaTrainResult(policy, last[0], history, init, stop)
 
-    def _outer_step(self) -> dict[str, Any]:
+    def _outer_step(self, estimator: GradientEstimator) -> dict[str, Any]:
         begun = time.perf_counter()
         config = self.config
-        if isinstance(self.estimator, BackpropTruncated) and self.init is not None:
-            self.estimator.init = self.init.detach().clone()
+        init = None if self.init is None else self.init.detach().clone()
         estimates: list[Estimate] = []
         failed: list[tuple[str, str]] = []
         for slot in distributed.mine(config.meta_batch):
             try:
-                estimates.append(self.estimator.estimate(self.policy, self.learned, slot, self.outer_step))
+                estimates.append(estimator.estimate(self.policy, self.learned, slot, self.outer_step, init))
             except Exception as error:
-                running = self.estimator.running.pop(slot, None)
-                name = running.plan.task.name if running else self.source.draw(slot, self.outer_step).task.name
+                trajectory = self.trajectories.pop(slot, None)
+                name = (trajectory.plan if trajectory else self.source.draw(slot, self.outer_step)).task.name
                 what = f"{type(error).__name__}: {error}"
                 if not config.keep_going:
                     raise RuntimeError(f"task {name!r} raised at outer step {self.outer_step}: {what}") from error
@@ -221,7 +229,7 @@ class _Run:
         failed = distributed.gather(failed)
         for name, _ in failed:
             self.failures[name] = self.failures.get(name, 0) + 1
-        gradient = within_parts(self.combiner(estimates, self.learned), config)
+        gradient = within_parts(self.aggregator(estimates, self.learned), config)
         self._apply(gradient)
         self.inner_steps += sum(e.inner_steps for e in estimates)
         metrics: dict[str, Any] = {
@@ -229,8 +237,8 @@ class _Run:
             "meta_loss": sum(e.meta_loss for e in estimates) / max(len(estimates), 1),
             "gradient_norm": sum(float(g.square().sum()) for g in gradient.values()) ** 0.5,
             "inner_steps": self.inner_steps,
-            "dropped": self.combiner.dropped,
-            "clipped": self.combiner.clipped,
+            "dropped": self.aggregator.dropped,
+            "clipped": self.aggregator.clipped,
             "families": {e.family: round(e.meta_loss, 6) for e in estimates},
         }
         if self.failures:
@@ -263,7 +271,7 @@ class _Run:
         return value
 
     def _validation_outcomes(self) -> dict[str, Outcome]:
-        return validate(self.policy, self.validation, self.config, self.estimator.backend, self._learned_init())
+        return validate(self.policy, self.validation, self.config, self.backend, self._learned_init())
 
     def _learned_init(self) -> dict[str, Tensor] | None:
         """The learned initial parameters as they stand, by name."""
@@ -292,36 +300,29 @@ class _Run:
             change = "mean_log_loss_change" if config.held_out else "mean_log_time_change"
             value = self.best_value if name == "best" else None
             results["validation"] = {"tasks": sorted(self.before), change: value}
-        save_policy(policy, folder.path / name, results=results)
+        policy.save_pretrained(folder.path / name, results=results)
         if init is not None:
-            from safetensors.torch import save_file
-
-            save_file({k: v.contiguous() for k, v in init.items()}, folder.path / name / "init.safetensors")
+            data = save({k: v.contiguous() for k, v in init.items()})
+            write_atomically(folder.path / name / "init.safetensors", data)
 
     def _save(self, folder: RunFolder | None) -> None:
-        running = distributed.gather([r.saved() for r in self.estimator.running.values()])
+        trajectories = distributed.gather([t.saved() for t in self.trajectories.values()])
         if folder is None:
             return
         best, best_init = self.best
         folder.save(
             {
                 "config": self.config.to_dict(),
-                "outer_step": self.outer_step,
-                "inner_steps": self.inner_steps,
-                "seconds": self.seconds,
+                **{name: getattr(self, name) for name in _PLAIN},
                 "policy_config": self.policy.config.to_dict(),
                 "weights": {n: w.detach().clone() for n, w in self.policy.weights().items()},
                 "init": None if self.init is None else self.init.detach().clone(),
                 "best": {n: w.detach().clone() for n, w in best.weights().items()},
                 "best_init": best_init,
-                "best_value": self.best_value,
-                "before": self.before,
-                "stale": self.stale,
-                "failures": self.failures,
                 "meta_optimizer": self.meta_optimizer.state_dict(),
-                "combiner": self.combiner.state(),
-                "backend": self.estimator.backend,
-                "running": running,
+                "aggregator": self.aggregator.state(),
+                "backend": self.backend,
+                "trajectories": trajectories,
             }
         )
         self._write(folder, "best", self.best)
@@ -334,11 +335,13 @@ class _Run:
             with torch.no_grad():
                 self.init.copy_(saved["init"])
         self.best = (with_weights(self.policy, saved["best"]), saved["best_init"])
-        for name in ("outer_step", "inner_steps", "seconds", "best_value", "before", "stale", "failures"):
+        for name in _PLAIN:
             setattr(self, name, saved[name])
         self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
-        self.combiner.load(saved["combiner"])
-        self.estimator.backend = saved["backend"]  # of the run as it began, however long it is to be by now
+        self.aggregator.load(saved["aggregator"])
+        self.backend = saved["backend"]  # of the run as it began, however long it is to be by now
         mine = set(distributed.mine(self.config.meta_batch))
-        running = (Running.restored(r, self.source) for r in saved["running"] if r["slot"] in mine)
-        self.estimator.running.update({r.slot: r for r in running})
+        for values in saved["trajectories"]:
+            if values["slot"] in mine:
+                trajectory = Trajectory.restored(values, self.source, self.backend == "compiled")
+                self.trajectories[trajectory.slot] = trajectory

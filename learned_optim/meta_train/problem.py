@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from learned_optim.cells import CoordinateState
-from learned_optim.coordinates import Segments
-from learned_optim.policy import PolicyConfig
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.layouts import Segments
+from learned_optim.rule.types import CoordinateState, TensorState
+from learned_optim.rule.update import initial_state
 from learned_optim.tasks.base import Task, Tensors
 from learned_optim.tasks.warm import WarmStart
-from learned_optim.update_rule import initial_state
 
 OTHER_PARAMETERS = (
     "task {!r} has other parameters than those whose initial values are learned: learn them on tasks whose "
     "parameters have the same names and shapes"
 )
-
 
 #: Tensors lie in the vector padded to multiples of this many coordinates; the padding is and stays zero.
 ROW = 64
@@ -31,22 +30,37 @@ class InnerState(NamedTuple):
     """All that an inner run carries from one step to the next."""
 
     params: Tensor  #: [n]
-    planes: CoordinateState  #: [n] each
-    memory: Tensor  #: [3, K]
+    coordinate_state: CoordinateState  #: [n] each
+    tensor_state: TensorState  #: [K] each
     step: int  #: inner steps made
     buffers: Tensors
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All that the meta-gradient flows through."""
+        return [self.params, *self.tensor_state.tensors, *self.coordinate_state.tensors]
+
+    def with_tensors(self, tensors: Sequence[Tensor]) -> InnerState:
+        """The same with others in place of :attr:`tensors`."""
+        params, cosine_fast, cosine_slow, log_pace, *of_coordinates = tensors
+        return self._replace(
+            params=params,
+            tensor_state=TensorState(cosine_fast, cosine_slow, log_pace),
+            coordinate_state=CoordinateState.of(of_coordinates),
+        )
+
+    def with_own_buffers(self) -> InnerState:
+        """The same with copies of the buffers, which losses update in place."""
+        return self._replace(buffers={name: b.clone() for name, b in self.buffers.items()})
+
     def detached(self) -> InnerState:
         """The same values, cut off from their graph: what is carried over a truncation."""
-        planes = CoordinateState(
-            self.planes.exp_avg.detach(), self.planes.exp_avg_sq.detach(), tuple(h.detach() for h in self.planes.hidden)
-        )
         buffers = {name: b.detach().clone() for name, b in self.buffers.items()}
-        return InnerState(self.params.detach(), planes, self.memory.detach(), self.step, buffers)
+        return self.with_tensors([t.detach() for t in self.tensors])._replace(buffers=buffers)
 
 
 class Problem:
-    """One task with the names, shapes and places of its parameters in a vector of n coordinates, padding included.
+    """One task, and where its parameters lie in a vector of n coordinates, padding included.
 
     Args:
         task: what is trained.
@@ -75,10 +89,10 @@ class Problem:
         vector = self.flatten(self._params) if params is None else params
         if vector.numel() != sum(self.layout.sizes):
             raise ValueError(OTHER_PARAMETERS.format(self.task.name))
-        planes, memory = initial_state(config, vector.detach(), len(self.shapes))
+        state, tensor_state = initial_state(config, vector.detach(), len(self.shapes))
         if self.warm is not None:
-            planes = planes._replace(exp_avg_sq=self.flatten(self.warm.second_moments).to(planes.exp_avg_sq))
-        return InnerState(vector, planes, memory, 0, {k: b.clone() for k, b in self._buffers.items()})
+            state = state._replace(exp_avg_sq=self.flatten(self.warm.second_moments).to(state.exp_avg_sq))
+        return InnerState(vector, state, tensor_state, 0, self._buffers).with_own_buffers()
 
     def flatten(self, params: Tensors) -> Tensor:
         """Named tensors -> [n]."""
@@ -105,34 +119,27 @@ class Problem:
         self, params: Tensor, buffers: Tensors, batch: Any, create_graph: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Loss and its gradient [n] at ``params``; buffers move. Without ``create_graph`` both are free of graphs."""
+        return self._gradient(lambda tensors: self.task.loss(tensors, buffers, batch), params, create_graph)
+
+    def held_out(self, params: Tensor, buffers: Tensors, create_graph: bool) -> tuple[Tensor, Tensor]:
+        """Like :meth:`gradient`, on the task's held-out data."""
+        eval_loss = getattr(self.task, "eval_loss", None)
+        if eval_loss is None:
+            raise ValueError(f"task {self.task.name!r} has no held-out data: set held_out=False or give it eval_loss")
+        return self._gradient(lambda tensors: eval_loss(tensors, buffers), params, create_graph)
+
+    def _gradient(
+        self, loss_of: Callable[[Tensors], Tensor], params: Tensor, create_graph: bool
+    ) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
             tensors = self.views(params if params.requires_grad else params.detach().requires_grad_())
             if not create_graph:
                 tensors = {name: t.detach().requires_grad_() for name, t in tensors.items()}
-            loss = self.task.loss(tensors, buffers, batch)
+            loss = loss_of(tensors)
             grads = torch.autograd.grad(loss, list(tensors.values()), create_graph=create_graph, allow_unused=True)
-        given = zip(grads, tensors.values(), strict=True)
-        vector = self._vector([torch.zeros_like(t) if g is None else g for g, t in given])
+        pairs = zip(grads, tensors.values(), strict=True)
+        vector = self._vector([torch.zeros_like(t) if g is None else g for g, t in pairs])
         return (loss, vector) if create_graph else (loss.detach(), vector)
-
-    def held_out(self, params: Tensor, buffers: Tensors, create_graph: bool = False) -> tuple[Tensor, Tensor]:
-        """Like :meth:`gradient`, on the task's held-out data."""
-        return Problem.gradient(_HeldOut(self), params, buffers, None, create_graph)  # pyright: ignore[reportArgumentType]
-
-
-class _HeldOut:
-    """A problem whose loss is the held-out one."""
-
-    def __init__(self, problem: Problem) -> None:
-        self.views, self._vector = problem.views, problem._vector
-        self.task = self
-        self._eval_loss = getattr(problem.task, "eval_loss", None)
-        self._name = problem.task.name
-
-    def loss(self, params: Tensors, buffers: Tensors, batch: Any) -> Tensor:
-        if self._eval_loss is None:
-            raise ValueError(f"task {self._name!r} has no held-out data: set held_out=False or give it eval_loss")
-        return self._eval_loss(params, buffers)
 
 
 class FromInit:

@@ -18,7 +18,7 @@ class Progress:
         first: what is said until the first outer step is done.
     """
 
-    def __init__(self, total: int, done: int, folder: Path | None, show: bool | None, first: str = "") -> None:
+    def __init__(self, total: int, done: int, folder: Path | None, show: bool | None, first: str) -> None:
         from tqdm import tqdm
 
         disable = None if show is None else not show

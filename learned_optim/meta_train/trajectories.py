@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.problem import InnerState, Problem
-from learned_optim.policy import PolicyConfig
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.types import CoordinateState, Hyperparameters, TensorState
 from learned_optim.tasks import TaskFamily, augment
 from learned_optim.tasks.base import Task
 
@@ -32,6 +32,12 @@ class Plan(NamedTuple):
     seed: int  #: of its initial parameters and batches
     length: int
     hyper: Hyperparameters
+
+
+def hyperparameters(config: MetaTrainConfig, policy: PolicyConfig, lr: float) -> Hyperparameters:
+    """Those of inner steps at a learning rate."""
+    beta1, beta2 = policy.betas
+    return Hyperparameters(lr, beta1, beta2, policy.eps, config.inner_weight_decay)
 
 
 class TaskSource:
@@ -57,12 +63,12 @@ class TaskSource:
         family = self.families[order[index]]
         task = family.task(rng.randrange(10_000)) if isinstance(family, TaskFamily) else family
         if rng.random() < config.augment:
-            # Batches of several shapes cannot be run side by side.
+            # Batches of several shapes cannot be stacked.
             task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)), jumps=config.pairs == 1)
         spread = math.log(config.inner_lr_spread)
         lr = config.inner_lr * math.exp(rng.uniform(-spread, spread))
-        hyper = Hyperparameters(lr, *self.policy.betas, self.policy.eps, config.inner_weight_decay)
-        return Plan(family.name, task, rng.randrange(2**31), self._length(task.length, outer_step), hyper)
+        length = self._length(task.length, outer_step)
+        return Plan(family.name, task, rng.randrange(2**31), length, hyperparameters(config, self.policy, lr))
 
     def _length(self, wanted: int, outer_step: int) -> int:
         if not self.config.max_length:
@@ -71,8 +77,15 @@ class TaskSource:
         return min(wanted, max(2, round(self.config.max_length * grown)))
 
 
-class Running:
-    """A trajectory under way in a slot of the meta-batch."""
+class Trajectory:
+    """A trajectory under way in a slot of the meta-batch.
+
+    Args:
+        slot: number in the meta-batch.
+        plan: what is run.
+        begun_at: outer step at which it began.
+        compiled: whether its updates are run by compiled kernels.
+    """
 
     def __init__(self, slot: int, plan: Plan, begun_at: int, compiled: bool) -> None:
         self.slot, self.plan, self.begun_at = slot, plan, begun_at
@@ -87,31 +100,43 @@ class Running:
     def step(self) -> int:
         return self.states[0].step
 
+    @property
+    def finished(self) -> bool:
+        """Whether it has come to its end, or diverged."""
+        return self.step >= self.plan.length or not all(bool(s.params.isfinite().all()) for s in self.states)
+
     def window(self, length: int) -> list[Any]:
-        """The next ``length`` batches and the one after, which the following window begins with."""
+        """The next ``length`` batches, or fewer at the end, and the one after, which the following window begins with.
+
+        The first window also takes the reference loss.
+        """
         if self._batches is None:
             self._batches = self.problem.batches(skip=self.step)
             self._next = next(self._batches)
-        window = [self._next, *(next(self._batches) for _ in range(length))]
+        steps = min(length, self.plan.length - self.step)
+        window = [self._next, *(next(self._batches) for _ in range(steps))]
         self._next = window[-1]
+        if math.isnan(self.reference):
+            begin = self.states[0]
+            self.reference = float(self.problem.gradient(begin.params, dict(begin.buffers), window[0])[0])
         return window
 
     def saved(self) -> dict[str, Any]:
         """Plain values and tensors, from which :meth:`restored` continues bit for bit."""
         states = [
-            {"params": s.params, "exp_avg": s.planes.exp_avg, "exp_avg_sq": s.planes.exp_avg_sq,
-             "hidden": list(s.planes.hidden), "memory": s.memory, "step": s.step, "buffers": dict(s.buffers)}
+            {**s._asdict(), "coordinate_state": s.coordinate_state._asdict(), "tensor_state": s.tensor_state._asdict()}
             for s in self.states
-        ]  # fmt: skip
+        ]
         return {"slot": self.slot, "begun_at": self.begun_at, "states": states, "reference": self.reference,
-                "compiled": self.problem.compiled, "accumulated": dict(self.accumulated)}  # fmt: skip
+                "accumulated": dict(self.accumulated)}  # fmt: skip
 
     @classmethod
-    def restored(cls, saved: dict[str, Any], source: TaskSource) -> Running:
-        plan = source.draw(saved["slot"], saved["begun_at"])
-        running = cls(saved["slot"], plan, saved["begun_at"], saved["compiled"])
-        for s in saved["states"]:
-            planes = CoordinateState(s["exp_avg"], s["exp_avg_sq"], tuple(s["hidden"]))
-            running.states.append(InnerState(s["params"], planes, s["memory"], s["step"], s["buffers"]))
-        running.reference, running.accumulated = saved["reference"], saved["accumulated"]
-        return running
+    def restored(cls, saved: dict[str, Any], source: TaskSource, compiled: bool) -> Trajectory:
+        """The trajectory of which :meth:`saved` was kept."""
+        trajectory = cls(saved["slot"], source.draw(saved["slot"], saved["begun_at"]), saved["begun_at"], compiled)
+        for state in saved["states"]:
+            coordinates, tensors = CoordinateState(**state["coordinate_state"]), TensorState(**state["tensor_state"])
+            state = InnerState(**{**state, "coordinate_state": coordinates, "tensor_state": tensors})
+            trajectory.states.append(state)
+        trajectory.reference, trajectory.accumulated = saved["reference"], saved["accumulated"]
+        return trajectory

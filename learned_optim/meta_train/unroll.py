@@ -1,6 +1,6 @@
 """Unrolled inner training: N inner steps as one differentiable function of the policy's weights.
 
-The inner steps are those of :func:`learned_optim.update_rule.update`, the same function that the optimizer runs.
+The inner steps are those of :func:`learned_optim.rule.update.update`, the same function that the optimizer runs.
 With gradient g_t at inner step t and meta-loss M(L_1, ..., L_T), L_t the loss after t steps, on the next batch:
 
     first order   g_t enters detached. Then dL_t/dp_t *is* the inner gradient g_{t+1} of the step that follows, which
@@ -16,11 +16,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.cells import CoordinateState, Hyperparameters
 from learned_optim.meta_train.compiled_update import compiled_update
 from learned_optim.meta_train.problem import InnerState, Problem
-from learned_optim.policy import PolicyConfig
-from learned_optim.update_rule import update
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.types import Hyperparameters
+from learned_optim.rule.update import update
+from learned_optim.tasks.base import Tensors
 
 
 class UnrollOptions(NamedTuple):
@@ -33,9 +34,6 @@ class UnrollOptions(NamedTuple):
     last_only: bool = False  #: only the last loss (of each segment) is wanted
 
 
-FIRST_ORDER = UnrollOptions()
-
-
 def unroll(
     weights: Mapping[str, Tensor],
     config: PolicyConfig,
@@ -43,7 +41,7 @@ def unroll(
     state: InnerState,
     batches: Sequence[Any],
     hyper: Hyperparameters,
-    options: UnrollOptions = FIRST_ORDER,
+    options: UnrollOptions = UnrollOptions(),  # noqa: B008  (a tuple: nobody can change it)
 ) -> tuple[InnerState, Tensor]:
     """T inner steps.
 
@@ -60,58 +58,84 @@ def unroll(
         The state after T steps (with its graph) and the losses L_1 .. L_T, [T], differentiable. With
         ``options.last_only`` there may be fewer, and only the last of them is meant to be used.
     """
-    state = state._replace(buffers={name: b.clone() for name, b in state.buffers.items()})
-    length = len(batches) - 1
-    segment = options.segment or length
-    run = _recomputed if options.segment else _steps
-    losses: list[Tensor] = []
-    for begin in range(0, length, segment):
-        part = batches[begin : min(begin + segment, length) + 1]
-        state, part_losses = run(weights, config, problem, state, part, hyper, options)
-        losses.append(part_losses)
-    return state, torch.cat(losses)
+    return _Unroll(weights, config, problem, hyper, options).window(state, batches)
 
 
-def _steps(
-    weights: Mapping[str, Tensor],
-    config: PolicyConfig,
-    problem: Problem,
-    state: InnerState,
-    batches: Sequence[Any],
-    hyper: Hyperparameters,
-    options: UnrollOptions,
-) -> tuple[InnerState, Tensor]:
-    """The inner loop: gradient, update, gradient, update, ...; each gradient serves as the last loss's derivative."""
-    params, planes, memory, step, buffers = state
-    run_update = compiled_update if problem.compiled else update
-    losses = []
-    last = len(batches) - 1
-    for number, batch in enumerate(batches):
-        wanted = number == last or (number > 0 and not options.last_only)
-        if wanted and options.held_out:
-            losses.append(_meta_view(params, *problem.held_out(params, buffers, options.second_order), options))
-        if number == last and options.held_out:
-            break
-        if number == last:
-            # The next window computes this gradient again, on its own buffers; here it gives the last loss.
-            seen, buffers = buffers, {name: b.clone() for name, b in buffers.items()}
-        loss, grad = problem.gradient(params, buffers, batch, create_graph=options.second_order)
-        if wanted and not options.held_out:
-            losses.append(_meta_view(params, loss, grad, options))
-        if number == last:
-            buffers = seen  # pyright: ignore[reportPossiblyUnboundVariable]
-            break
-        step += 1
-        params, planes, memory = run_update(
-            weights, config, problem.layout, params, grad, planes, memory, float(problem.steps_before + step), hyper,
-            fixed_scale=options.fixed_scale,
-        )  # fmt: skip
-    return InnerState(params, planes, memory, step, buffers), torch.stack(losses)
+class _Unroll(NamedTuple):
+    """What all steps of a window share."""
 
+    weights: Mapping[str, Tensor]
+    config: PolicyConfig
+    problem: Problem
+    hyper: Hyperparameters
+    options: UnrollOptions
 
-def _meta_view(params: Tensor, loss: Tensor, grad: Tensor, options: UnrollOptions) -> Tensor:
-    """The loss as the meta-loss sees it: differentiable in the parameters."""
-    return loss if options.second_order else _KnownGradient.apply(params, loss, grad)  # pyright: ignore
+    def window(self, state: InnerState, batches: Sequence[Any]) -> tuple[InnerState, Tensor]:
+        state = state.with_own_buffers()
+        length = len(batches) - 1
+        segment = self.options.segment or length
+        run = self.recomputed if self.options.segment else self.steps
+        losses: list[Tensor] = []
+        for begin in range(0, length, segment):
+            state, segment_losses = run(state, batches[begin : min(begin + segment, length) + 1])
+            losses.append(segment_losses)
+        return state, torch.cat(losses)
+
+    def steps(self, state: InnerState, batches: Sequence[Any]) -> tuple[InnerState, Tensor]:
+        """Gradient, update, gradient, update, ...; each gradient serves as the last loss's derivative."""
+        problem, options = self.problem, self.options
+        params, coordinate_state, tensor_state, step, buffers = state
+        run_update = compiled_update if problem.compiled else update
+        losses = []
+        last = len(batches) - 1
+        for i, batch in enumerate(batches):
+            wanted = i == last or (i > 0 and not options.last_only)
+            if wanted and options.held_out:
+                losses.append(self._meta_view(params, *problem.held_out(params, buffers, options.second_order)))
+            if i == last and options.held_out:
+                break
+            # The next window computes the last gradient again, on its own buffers; here it only gives the last loss.
+            moving = buffers if i < last else {name: b.clone() for name, b in buffers.items()}
+            loss, grad = problem.gradient(params, moving, batch, create_graph=options.second_order)
+            if wanted and not options.held_out:
+                losses.append(self._meta_view(params, loss, grad))
+            if i == last:
+                break
+            step += 1
+            params, coordinate_state, tensor_state = run_update(
+                self.weights, self.config, problem.layout, params, grad, coordinate_state, tensor_state,
+                float(problem.steps_before + step), self.hyper, fixed_scale=options.fixed_scale,
+            )  # fmt: skip
+        return InnerState(params, coordinate_state, tensor_state, step, buffers), torch.stack(losses)
+
+    def _meta_view(self, params: Tensor, loss: Tensor, grad: Tensor) -> Tensor:
+        """The loss as the meta-loss sees it: differentiable in the parameters."""
+        return loss if self.options.second_order else _KnownGradient.apply(params, loss, grad)  # pyright: ignore
+
+    def recomputed(self, state: InnerState, batches: Sequence[Any]) -> tuple[InnerState, Tensor]:
+        """:meth:`steps`, of which only the inputs are kept; the backward pass runs it again.
+
+        A segment of several steps is run again as segments of one step each, so that at any moment the graph of one
+        single step exists: T steps in segments of s keep T/s + s states.
+        """
+        names = list(self.weights)
+        after: list[tuple[int, Tensors]] = []  # with the tensors it would be a cycle that is never freed
+
+        def run(tensors: Sequence[Tensor], recompute: bool) -> tuple[Tensor, ...]:
+            again = self._replace(weights=dict(zip(names, tensors, strict=False)))
+            begin = state.with_tensors(tensors[len(names) :]).with_own_buffers()
+            if recompute and len(batches) > 2:
+                again = again._replace(options=self.options._replace(segment=1))
+                end, losses = again.window(begin, batches)
+            else:
+                end, losses = again.steps(begin, batches)
+            if not after:
+                after.append((end.step, end.buffers))
+            return losses, *end.tensors
+
+        losses, *tensors = _Recompute.apply(run, *self.weights.values(), *state.tensors)  # pyright: ignore
+        step, buffers = after[0]
+        return state.with_tensors(tensors)._replace(step=step, buffers=buffers), losses
 
 
 class _KnownGradient(torch.autograd.Function):
@@ -126,43 +150,6 @@ class _KnownGradient(torch.autograd.Function):
     def backward(ctx: Any, output: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore
         (grad,) = ctx.saved_tensors
         return output * grad, None, None
-
-
-def _recomputed(
-    weights: Mapping[str, Tensor],
-    config: PolicyConfig,
-    problem: Problem,
-    state: InnerState,
-    batches: Sequence[Any],
-    hyper: Hyperparameters,
-    options: UnrollOptions,
-) -> tuple[InnerState, Tensor]:
-    """:func:`_steps`, of which only the inputs are kept; the backward pass runs it again.
-
-    A segment of several steps is run again as segments of one step each, so that at any moment the graph of one
-    single step exists: T steps in segments of s keep T/s + s states.
-    """
-    names = list(weights)
-    after: list[tuple[int, dict[str, Tensor]]] = []
-
-    def run(tensors: Sequence[Tensor], recompute: bool) -> tuple[Tensor, ...]:
-        theta = dict(zip(names, tensors, strict=False))
-        params, memory, exp_avg, exp_avg_sq, *hidden = tensors[len(names) :]
-        planes = CoordinateState(exp_avg, exp_avg_sq, tuple(hidden))
-        begin = InnerState(params, planes, memory, state.step, {k: b.clone() for k, b in state.buffers.items()})
-        if recompute and len(batches) > 2:
-            end, losses = unroll(theta, config, problem, begin, batches, hyper, options._replace(segment=1))
-        else:
-            end, losses = _steps(theta, config, problem, begin, batches, hyper, options)
-        if not after:
-            after.append((end.step, end.buffers))
-        return losses, end.params, end.memory, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden
-
-    planes = state.planes
-    inputs = (state.params, state.memory, planes.exp_avg, planes.exp_avg_sq, *planes.hidden)
-    losses, params, memory, exp_avg, exp_avg_sq, *hidden = _Recompute.apply(run, *weights.values(), *inputs)  # pyright: ignore
-    step, buffers = after[0]
-    return InnerState(params, CoordinateState(exp_avg, exp_avg_sq, tuple(hidden)), memory, step, buffers), losses
 
 
 class _Recompute(torch.autograd.Function):

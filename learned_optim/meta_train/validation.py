@@ -4,18 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from learned_optim.cells import Hyperparameters
 from learned_optim.meta_train import distributed
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import run_plan
 from learned_optim.meta_train.problem import FromInit
-from learned_optim.meta_train.slowness import BOUND, log_loss, log_slowness, marks
-from learned_optim.meta_train.trajectories import Plan, seed_of
-from learned_optim.policy import Policy
+from learned_optim.meta_train.time_ratio import BOUND, log_loss, log_time_ratio, marks
+from learned_optim.meta_train.trajectories import Plan, hyperparameters, seed_of
+from learned_optim.policy.policy import Policy
 from learned_optim.tasks import TaskFamily
 from learned_optim.tasks.base import Task, Tensors
 
-#: What is kept of a validation run: :func:`~learned_optim.meta_train.slowness.marks`, or one held-out log-loss.
+#: What is kept of a validation run: :func:`~learned_optim.meta_train.time_ratio.marks`, or one held-out log-loss.
 Outcome = list[float]
 
 
@@ -47,8 +46,7 @@ def validate(
         if init is not None:
             task = FromInit(task, init)
         length = min(task.length, config.validation_length) if config.validation_length else task.length
-        betas, eps = policy.config.betas, policy.config.eps
-        hyper = Hyperparameters(config.inner_lr, *betas, eps, config.inner_weight_decay)
+        hyper = hyperparameters(config, policy.config, config.inner_lr)
         plan = Plan(family.name, task, seed_of("validation", seed), length, hyper)
         curve = run_plan(policy, plan, length, backend, config.held_out)
         outcome = marks(curve.losses) if curve.held_out is None else [log_loss(curve.held_out)]
@@ -66,6 +64,6 @@ def mean_difference(after: dict[str, Outcome], before: dict[str, Outcome]) -> fl
 
 def _difference(after: Outcome, before: Outcome) -> float:
     if len(after) > 1:
-        return log_slowness(after, before)
+        return log_time_ratio(after, before)
     (a,), (b,) = after, before
     return 0.0 if a == b else min(max(a - b, -BOUND), BOUND)  # equal where both diverged

@@ -184,10 +184,10 @@ class ModuleTask:
 
 
 class _Skeleton:
-    """A module whose tensors can be exchanged, tied ones in all their places.
+    """A module whose tensors can be exchanged, tied ones wherever they stand.
 
     ``torch.func.functional_call`` does the same but looks every name up again at each call: 40 to 240 µs for small
-    networks, a fair part of an inner step. Here the places are found once.
+    networks, a fair part of an inner step. Here they are looked up once.
     """
 
     def __init__(self, module: nn.Module) -> None:

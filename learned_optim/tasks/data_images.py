@@ -67,10 +67,10 @@ def blobs(rng: torch.Generator, n: int, classes: int, size: int) -> Data:
     """A few bright spots on black: a class is a constellation, an example jitters it and drops some of the spots."""
     labels = torch.randint(classes, (n,), generator=rng)
     spots = integer(rng, 4, 12)
-    place = (0.15 + 0.7 * torch.rand(classes, spots, 2, generator=rng))[labels]
-    place = (place + 0.02 * torch.randn(place.shape, generator=rng)).clamp(0.1, 0.9) * size
+    position = (0.15 + 0.7 * torch.rand(classes, spots, 2, generator=rng))[labels]
+    position = (position + 0.02 * torch.randn(position.shape, generator=rng)).clamp(0.1, 0.9) * size
     present = (torch.rand(n, spots, generator=rng) < 0.8).float()
-    return _draw(place, size, ink=3.0, weight=present), labels
+    return _draw(position, size, ink=3.0, weight=present), labels
 
 
 def scenes(rng: torch.Generator, n: int, size: int) -> Tensor:

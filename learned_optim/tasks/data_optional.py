@@ -77,7 +77,7 @@ def glyphs() -> Tensor:
     return torch.stack(pages).float().div_(255).view(len(FONTS), len(LETTERS), 28, 28)
 
 
-def letters(rng: torch.Generator, n: int, classes: int, colour: bool = False) -> Data:
+def letters(rng: torch.Generator, n: int, classes: int, colour: bool) -> Data:
     """Letters in random fonts, slightly turned, scaled and shifted: images ``[n, 1 or 3, 28, 28]`` and labels.
 
     Args:

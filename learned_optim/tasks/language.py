@@ -30,13 +30,13 @@ def language_task(
     seen many times over.
     """
     cursor = choice(rng, (windows, windows, streams))
-    stretch, place = min(1.0, uniform(rng, 0.05, 1.5)), uniform(rng, 0.0, 1.0)
+    stretch, position = min(1.0, uniform(rng, 0.05, 1.5)), uniform(rng, 0.0, 1.0)
     held_out_examples = max(1, min(512, 8192 // context))
 
     def training_tokens() -> Tensor:
         whole = tokens(False)
         size = int(stretch * len(whole))
-        start = int(place * (len(whole) - size))
+        start = int(position * (len(whole) - size))
         return whole[start : start + size]
 
     def held_out_batch() -> tuple[Tensor]:

@@ -28,14 +28,14 @@ def get_families(names_or_tags: str | Iterable[str] = "all") -> list[TaskFamily]
     Raises:
         ValueError: a name is unknown; the message suggests the nearest one.
     """
-    found: dict[str, TaskFamily] = {}
+    families: dict[str, TaskFamily] = {}
     for name in [names_or_tags] if isinstance(names_or_tags, str) else names_or_tags:
         if name in FAMILIES:
-            found[name] = FAMILIES[name]
+            families[name] = FAMILIES[name]
         elif name in _TAGS:
-            found |= {key: family for key, family in FAMILIES.items() if name in (family.split, "all")}
+            families |= {key: family for key, family in FAMILIES.items() if name in (family.split, "all")}
         else:
             near = difflib.get_close_matches(name, [*FAMILIES, *_TAGS], n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join([*FAMILIES, *_TAGS])}"
             raise ValueError(f"unknown task family {name!r}; {hint}")
-    return list(found.values())
+    return list(families.values())

@@ -19,10 +19,6 @@ class Curve(NamedTuple):
     losses: list[float]  #: training loss before each inner step; ``inf`` from the first non-finite one on
     held_out: float | None  #: held-out loss at the end, where the task has held-out data
 
-    @property
-    def diverged(self) -> bool:
-        return not math.isfinite(self.losses[-1])
-
 
 def train(
     task: Task,
@@ -79,7 +75,7 @@ def cosine(done: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * done))
 
 
-def smoothed(losses: Sequence[float], end: int, share: float = 0.1) -> float:
-    """Mean of the last ``share`` of the first ``end`` losses."""
-    width = max(1, round(end * share))
+def smoothed(losses: Sequence[float], end: int) -> float:
+    """Mean of the last tenth of the first ``end`` losses."""
+    width = max(1, round(end * 0.1))
     return sum(losses[end - width : end]) / width

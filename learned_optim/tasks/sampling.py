@@ -55,11 +55,11 @@ Data = tuple[Tensor, ...]
 """Tensors of equal length along dimension 0, one row per example."""
 
 
-def split(data: Data, rng: torch.Generator, held_out: float = 0.2, cap: int = 512) -> tuple[Data, Data]:
-    """Shuffles examples and splits them into (training, held-out); the held-out part has at most ``cap`` of them."""
+def split(data: Data, rng: torch.Generator, held_out: float = 0.2) -> tuple[Data, Data]:
+    """Shuffles examples and splits them into (training, held-out); the held-out part has at most 512 of them."""
     n = len(data[0])
     order = torch.randperm(n, generator=rng)
-    n_held_out = max(1, min(cap, round(held_out * n)))
+    n_held_out = max(1, min(512, round(held_out * n)))
     return tuple(t[order[n_held_out:]] for t in data), tuple(t[order[:n_held_out]] for t in data)
 
 

@@ -260,10 +260,10 @@ def recurrent_adding(rng: torch.Generator) -> Task:
     cell, hidden, time = choice(rng, ("gru", "lstm")), log_int(rng, 8, 48), log_int(rng, 6, 20)
 
     def draw(batch_rng: torch.Generator, size: int) -> Data:
-        numbers = torch.rand(size, time, generator=batch_rng)
+        values = torch.rand(size, time, generator=batch_rng)
         marked = torch.rand(size, time, generator=batch_rng).argsort(1) < 2
-        total = (numbers * marked).sum(1, keepdim=True) - 1.0
-        return torch.stack([numbers, marked.float()], 2), total / math.sqrt(1 / 6)
+        total = (values * marked).sum(1, keepdim=True) - 1.0
+        return torch.stack([values, marked.float()], 2), total / math.sqrt(1 / 6)
 
     batch_size, length = log_int(rng, 16, 64), run_length(rng, 250, 600)
     return stream_task(

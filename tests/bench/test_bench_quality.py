@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from bench_tasks import Cliff, Line, normed
 
+from helpers.bench_tasks import Cliff, Line, normed
 from learned_optim import Policy, PolicyConfig
 from learned_optim.bench import QualityConfig, compare, draw_all, markdown, read_looks, results, run_quality, summarise
 from learned_optim.bench.curves import final_loss
@@ -18,7 +18,6 @@ from learned_optim.bench.figures import compare_all, share_at_least
 from learned_optim.bench.pool import Progress
 from learned_optim.bench.quality import FIXED, REFERENCE, QualityResult, load_policies
 from learned_optim.cli import main
-from learned_optim.hub import save_policy
 
 
 def config(cache: Path, **changes: Any) -> QualityConfig:
@@ -69,7 +68,7 @@ def test_results_are_what_the_card_takes(measured: QualityResult, tmp_path: Path
     assert len(values["evaluation"]["tasks"]) == 3
     assert values["evaluation"]["reference"] == "AdamW, best of 14 settings per task"
     assert values["license"] == "apache-2.0"
-    save_policy(Policy(), tmp_path, results=values)
+    Policy().save_pretrained(tmp_path, results=values)
     card = (tmp_path / "README.md").read_text()
     assert "longer" in card
     assert "speedup over AdamW, tuned, geometric mean" in card
@@ -170,8 +169,8 @@ def test_a_task_that_cannot_be_sent_to_a_process_is_named(tmp_path: Path) -> Non
 
 
 def test_several_policies_stand_side_by_side(tmp_path: Path) -> None:
-    save_policy(Policy(), tmp_path / "a" / "best")
-    save_policy(Policy(PolicyConfig.adamw()), tmp_path / "b" / "best")
+    Policy().save_pretrained(tmp_path / "a" / "best")
+    Policy(PolicyConfig.adamw()).save_pretrained(tmp_path / "b" / "best")
     names = [str(tmp_path / "a" / "best"), str(tmp_path / "b" / "best"), "default"]
     assert list(load_policies(names)) == ["a/best", "b/best", "default"]
     with pytest.raises(ValueError, match="named twice"):

@@ -11,20 +11,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from bench_tasks import Line, normed
 
+from helpers.bench_tasks import Line, normed
 from learned_optim import Policy, PolicyConfig
 from learned_optim.bench.ablations import ablations, random_weights, with_parts
 from learned_optim.bench.baselines import ADAMW_1E3, Driver, OptimizerName, Setting, grid, hidden_matrices
 from learned_optim.bench.cache import RunCache, log_look, read_looks
-from learned_optim.bench.runs import Job, behaviour, evaluation_steps, find_task, train
+from learned_optim.bench.runs import RunSpec, behaviour, evaluation_steps, find_task, train
 from learned_optim.tasks import ModuleTask
 
 OPTIMIZERS: list[OptimizerName] = ["adamw", "schedule-free", "muon", "sgd", "learned"]
 
 
-def job(setting: Setting = ADAMW_1E3, policy: Policy | None = None, task: Any = None, **changes: Any) -> Job:
-    return dataclasses.replace(Job(task or Line(), 40, 0, setting, policy, 5, "b", 1.0), **changes)
+def spec(setting: Setting = ADAMW_1E3, policy: Policy | None = None, task: Any = None, **changes: Any) -> RunSpec:
+    return dataclasses.replace(RunSpec(task or Line(), 40, 0, setting, policy, 5, "b", 1.0), **changes)
 
 
 def trained_policy() -> Policy:
@@ -39,7 +39,7 @@ def test_every_optimizer_trains_the_same_way_twice(optimizer: OptimizerName) -> 
     rate = 3e-3 if optimizer == "learned" else 3e-2
     setting = next(s for s in grid(optimizer) if s.lr == rate)
     policy = Policy() if optimizer == "learned" else None
-    first, second = (train(job(setting, policy)) for _ in range(2))
+    first, second = (train(spec(setting, policy)) for _ in range(2))
     assert first.losses.tolist() == second.losses.tolist()
     assert first.held_out.tolist() == second.held_out.tolist()
     assert first.held_out[-1] < 0.9 * first.held_out[0]
@@ -48,7 +48,7 @@ def test_every_optimizer_trains_the_same_way_twice(optimizer: OptimizerName) -> 
 
 
 def test_settings_of_one_seed_start_alike_and_seeds_do_not() -> None:
-    one, other, seed = train(job()), train(job(Setting("sgd", 0.1))), train(job(seed=1))
+    one, other, seed = train(spec()), train(spec(Setting("sgd", 0.1))), train(spec(seed=1))
     assert one.first_loss == other.first_loss != seed.first_loss
 
 
@@ -99,7 +99,7 @@ def test_schedule_free_is_evaluated_at_its_averaged_weights_and_trained_on_at_th
 
 
 def test_schedule_free_with_batch_norm_is_evaluated_with_averages_of_its_own() -> None:
-    run = train(job(Setting("schedule-free", 0.03), task=normed(), steps=20))
+    run = train(spec(Setting("schedule-free", 0.03), task=normed(), steps=20))
     assert run.held_out[-1] < run.held_out[0]
 
 
@@ -129,13 +129,13 @@ def test_a_task_without_held_out_data_has_no_held_out_losses() -> None:
         lambda: torch.nn.Linear(3, 1), lambda rng: iter(lambda: torch.randn(8, 3, generator=rng), None),
         lambda module, x: (module(x) - x.sum(1, keepdim=True)).square().mean(),
     )  # fmt: skip
-    run = train(job(task=task))
+    run = train(spec(task=task))
     assert len(run.held_out) == 0
     assert run.final_held_out is None
 
 
 def test_a_loss_that_is_not_finite_ends_the_run() -> None:
-    run = train(job(Setting("sgd", 1e30, momentum=0.9)))
+    run = train(spec(Setting("sgd", 1e30, momentum=0.9)))
     assert run.diverged
     assert math.isinf(run.losses[-1])
     assert math.isinf(run.held_out[-1])
@@ -157,7 +157,7 @@ def test_tasks_of_the_zoo_are_found_by_name() -> None:
 
 
 def test_a_cached_run_comes_back_to_single_precision(tmp_path: Path) -> None:
-    cache, key, run = RunCache(tmp_path), job().key(), train(job())
+    cache, key, run = RunCache(tmp_path), spec().key(), train(spec())
     assert cache.get(key) is None
     cache.put(key, run)
     back = cache.get(key)
@@ -170,8 +170,8 @@ def test_a_cached_run_comes_back_to_single_precision(tmp_path: Path) -> None:
 
 def test_a_diverged_run_comes_back_diverged(tmp_path: Path) -> None:
     cache, setting = RunCache(tmp_path), Setting("sgd", 1e30)
-    cache.put(job(setting).key(), train(job(setting)))
-    back = cache.get(job(setting).key())
+    cache.put(spec(setting).key(), train(spec(setting)))
+    back = cache.get(spec(setting).key())
     assert back is not None
     assert back.diverged
 
@@ -181,7 +181,7 @@ def test_a_diverged_run_comes_back_diverged(tmp_path: Path) -> None:
     lambda data: data[:100] + bytes([data[100] ^ 255]) + data[101:], lambda data: data[:-200] + bytes(200),
 ])  # fmt: skip
 def test_a_damaged_file_counts_as_none_and_is_replaced(tmp_path: Path, damage: Any) -> None:
-    cache, key, run = RunCache(tmp_path), job().key(), train(job())
+    cache, key, run = RunCache(tmp_path), spec().key(), train(spec())
     cache.put(key, run)
     path = cache.path(key)
     path.write_bytes(damage(path.read_bytes()))
@@ -193,28 +193,28 @@ def test_a_damaged_file_counts_as_none_and_is_replaced(tmp_path: Path, damage: A
 
 def test_another_runs_file_under_the_name_is_not_taken(tmp_path: Path) -> None:
     cache = RunCache(tmp_path)
-    cache.put(job().key(), train(job()))
-    other = job(seed=1).key()
+    cache.put(spec().key(), train(spec()))
+    other = spec(seed=1).key()
     cache.path(other).parent.mkdir(parents=True, exist_ok=True)
-    cache.path(other).write_bytes(cache.path(job().key()).read_bytes())
+    cache.path(other).write_bytes(cache.path(spec().key()).read_bytes())
     assert cache.get(other) is None
 
 
 def test_everything_that_shapes_a_run_is_in_its_key() -> None:
     policy = Policy()
     learned = Setting("learned", 1e-3, policy=policy.fingerprint())
-    jobs = [
-        job(), job(seed=1), job(steps=41), job(evaluations=6), job(behaviour="c"), job(task=Line("other")),
-        job(Setting("adamw", 1e-3, "cosine")), job(Setting("adamw", 3e-3)),
-        job(Setting("adamw", 1e-3, weight_decay=0.0)),
-        job(learned, policy), job(dataclasses.replace(learned, memory="reset"), policy),
-        job(dataclasses.replace(learned, policy="sha256:0"), policy),
+    specs = [
+        spec(), spec(seed=1), spec(steps=41), spec(evaluations=6), spec(behaviour="c"), spec(task=Line("other")),
+        spec(Setting("adamw", 1e-3, "cosine")), spec(Setting("adamw", 3e-3)),
+        spec(Setting("adamw", 1e-3, weight_decay=0.0)),
+        spec(learned, policy), spec(dataclasses.replace(learned, memory="reset"), policy),
+        spec(dataclasses.replace(learned, policy="sha256:0"), policy),
     ]  # fmt: skip
-    keys = [json.dumps(j.key(), sort_keys=True) for j in jobs]
+    keys = [json.dumps(j.key(), sort_keys=True) for j in specs]
     assert len(set(keys)) == len(keys)
-    assert "torch" in jobs[0].key()
-    assert "rule" in jobs[-1].key()
-    assert "rule" not in jobs[0].key()
+    assert "torch" in specs[0].key()
+    assert "rule" in specs[-1].key()
+    assert "rule" not in specs[0].key()
 
 
 def test_looks_are_recorded_one_by_one_and_damaged_lines_left_out(tmp_path: Path) -> None:
@@ -277,5 +277,5 @@ def test_ablations_say_what_cannot_be_told_apart() -> None:
 
 
 def test_numbers_of_a_run_are_plain() -> None:
-    assert type(train(job()).step_seconds) is float
-    assert train(job()).losses.dtype == np.float64
+    assert type(train(spec()).step_seconds) is float
+    assert train(spec()).losses.dtype == np.float64

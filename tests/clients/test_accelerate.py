@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_same_bits, assert_same_state, regression
 
+from helpers.support import assert_same_bits, assert_same_state, regression
 from learned_optim import LearnedOptimizer
 
 accelerate = pytest.importorskip("accelerate")

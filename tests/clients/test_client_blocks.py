@@ -7,13 +7,15 @@ import subprocess
 import sys
 
 import pytest
-from test_readme import ROOT, blocks
+
+from helpers import ROOT
+from helpers.scripts import readme_blocks
 
 
 @pytest.mark.parametrize("client", ["transformers", "accelerate", "lightning"])
 def test_the_readmes_block_runs(client, tmp_path):
     pytest.importorskip(client)
-    ((_, code),) = blocks("python", needs=client)
+    ((_, code),) = readme_blocks("python", needs=client)
     (tmp_path / "script.py").write_text(code, encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from test_examples import assert_learned_is_ahead, run
+
+from helpers.scripts import assert_learned_is_ahead, run_script
 
 
 @pytest.mark.parametrize(
@@ -11,5 +12,5 @@ from test_examples import assert_learned_is_ahead, run
 )
 def test_a_run_is_compared_with_adamw(tmp_path, script, client):
     pytest.importorskip(client)
-    printed = run(f"examples/{script}", "--steps", 40, cwd=tmp_path, program=())
+    printed = run_script(f"examples/{script}", "--steps", 40, cwd=tmp_path, program=())
     assert_learned_is_ahead([line for line in printed.splitlines() if " steps" in line and ": training loss" in line])

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_same_bits
 from torch import nn
 
+from helpers.support import assert_same_bits
 from learned_optim import LearnedOptimizer
 
 lightning = pytest.importorskip("lightning")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from support import assert_same_bits
 
+from helpers.support import assert_same_bits
 from learned_optim import LearnedOptimizer
 
 transformers = pytest.importorskip("transformers")

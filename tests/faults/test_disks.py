@@ -10,14 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from disks import fill, mounted, remount_read_only
-from small_runs import assert_whole, final_bytes, settings, train
-from small_tasks import Quadratic
 
+from helpers.disks import fill, mounted, remount_read_only
+from helpers.small_runs import assert_whole, final_bytes, settings, train
+from helpers.small_tasks import Quadratic
 from learned_optim import Policy
-from learned_optim.hub import load_policy
 from learned_optim.meta_train import meta_train
 from learned_optim.meta_train.checkpoint import CURRENT, DAMAGED, PREVIOUS, RunFolder
+from learned_optim.policy.files import TEMPORARY
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_whichever_call_finds_the_disk_full_nothing_is_lost(call, after, tmp_pat
     assert caught.value.errno == errno.ENOSPC
     monkeypatch.undo()
     assert_whole(run)
-    assert not list(run.glob("**/*.writing"))
+    assert not list(run.rglob(TEMPORARY))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         meta_train(config, tasks=[Quadratic()], out=run, resume=True, show_progress=False)
@@ -106,15 +106,15 @@ def fails_after(call: Callable, count: int, reason: int = errno.ENOSPC) -> Calla
 def test_a_policy_saved_on_a_full_disk_leaves_the_old_one_or_none_that_loads(small_disk):
     folder = small_disk / "policy"
     Policy().save_pretrained(folder)
-    old = load_policy(folder).fingerprint()
+    old = Policy.from_pretrained(folder).fingerprint()
     fill(small_disk)
     changed = Policy()
     with torch.no_grad():
         changed.weights()["head"].fill_(0.5)
     with pytest.raises(OSError, match="No space left"):
         changed.save_pretrained(folder)
-    assert load_policy(folder).fingerprint() == old
-    assert not list(folder.glob(".*.tmp"))
+    assert Policy.from_pretrained(folder).fingerprint() == old
+    assert not list(folder.glob(TEMPORARY))
 
 
 def test_a_read_only_folder_is_said_before_work_begins(small_disk):
@@ -169,19 +169,19 @@ def test_a_flipped_bit_in_a_checkpoint_is_found(tmp_path):
     (tmp_path / PREVIOUS).unlink(missing_ok=True)
     folder = RunFolder(tmp_path, resume=True)
     expected = str(folder.load(config))
-    found = 0
-    for place in range(0, len(whole), max(1, len(whole) // 60)):
+    refused = 0
+    for i in range(0, len(whole), max(1, len(whole) // 60)):
         spoiled = bytearray(whole)
-        spoiled[place] ^= 1 << place % 8
+        spoiled[i] ^= 1 << i % 8
         (tmp_path / CURRENT).write_bytes(bytes(spoiled))
         try:
             state = folder.load(config)
         except ValueError:
-            found += 1
+            refused += 1
         else:  # padding and dates between the records mean nothing: where nothing is refused, nothing has changed
             assert str(state) == expected
     folder.close()
-    assert found > 30
+    assert refused > 30
 
 
 def test_a_save_after_a_fallback_does_not_put_the_damaged_checkpoint_in_place_of_the_good_one(tmp_path, monkeypatch):

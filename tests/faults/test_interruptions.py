@@ -12,10 +12,10 @@ import time
 
 import pytest
 import torch
-from small_runs import assert_whole, final_bytes, settings, train
-from small_tasks import Quadratic
-from support import assert_same_bits, copies, give_gradients, leaves, make
 
+from helpers.small_runs import assert_whole, final_bytes, settings, train
+from helpers.small_tasks import Quadratic
+from helpers.support import assert_same_bits, copies, give_gradients, leaves, make
 from learned_optim.meta_train import meta_train, outer_loop
 from learned_optim.meta_train.checkpoint import CURRENT, read_metrics
 
@@ -102,9 +102,9 @@ def outer_step(monkeypatch):
     now = [-1]
     original = outer_loop._Run._outer_step
 
-    def noted(self):
+    def noted(self, estimator):
         now[0] = self.outer_step
-        return original(self)
+        return original(self, estimator)
 
     monkeypatch.setattr(outer_loop._Run, "_outer_step", noted)
     return now

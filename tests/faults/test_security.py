@@ -13,15 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_clients import ROOT, Clients, Finished
-from loopback_hub import Fault, LoopbackHub
-from small_runs import final_bytes, settings, train
 
-from learned_optim import LearnedOptimizer, Policy, artefact
-from learned_optim.errors import InvalidPolicyError, PolicyNotFoundError
-from learned_optim.filenames import CONFIG, LIMITS, RESULTS, WEIGHTS
-from learned_optim.hub import load_policy
-from learned_optim.meta_train.checkpoint import CURRENT, PREVIOUS, write_atomically
+from helpers.hub_clients import ROOT, Clients, Finished
+from helpers.loopback_hub import Fault, LoopbackHub
+from helpers.small_runs import final_bytes, settings, train
+from learned_optim import LearnedOptimizer, Policy
+from learned_optim.meta_train.checkpoint import CURRENT, PREVIOUS
+from learned_optim.policy import files as policy_files
+from learned_optim.policy.errors import InvalidPolicyError, PolicyNotFoundError
+from learned_optim.policy.files import CONFIG, LIMITS, RESULTS, WEIGHTS, write_atomically
 
 #: Loads twice under the eyes of an audit hook: what runs and what is written counts the second time only, when the
 #: modules that are imported late are there; the connection to the Hub is made the first time and kept.
@@ -86,7 +86,7 @@ def trained(seed: int) -> dict[str, bytes]:
     with torch.no_grad():
         for weight in policy.parameters():
             weight.normal_(std=0.1, generator=torch.Generator().manual_seed(seed))
-    return artefact.pack(policy, {"training": {"method": "test"}})
+    return policy_files.pack(policy.config, policy.weights(), {"training": {"method": "test"}})
 
 
 def put(files: dict[str, bytes], folder: Path) -> Path:
@@ -180,7 +180,7 @@ def test_headers_that_lead_out_of_the_cache_are_refused_and_nothing_is_written(h
 @pytest.mark.parametrize("name", ["../../alice/policy", "alice/../policy", "alice/policy/../..", "alice/.."])
 def test_names_that_lead_elsewhere_are_no_repositories(name):
     with pytest.raises((PolicyNotFoundError, ValueError)):
-        load_policy(name)
+        Policy.from_pretrained(name)
 
 
 @pytest.mark.parametrize("other", ["../evil.py", "/etc/evil", "evil.py", "learned_optim.py", "model.bin"])
@@ -203,7 +203,7 @@ def test_a_link_to_something_else_is_refused_without_repeating_what_it_holds(nam
     (folder / name).unlink()
     (folder / name).symlink_to(secret)
     with pytest.raises(InvalidPolicyError) as caught:
-        load_policy(folder)
+        Policy.from_pretrained(folder)
     assert "secret of the house" not in str(caught.value)
 
 
@@ -218,7 +218,7 @@ def test_devices_and_pipes_are_not_read(name, tmp_path):
         else:
             os.mkfifo(folder / name)
         with pytest.raises(PolicyNotFoundError, match="holds no"):
-            load_policy(folder)
+            Policy.from_pretrained(folder)
 
 
 def test_a_file_that_is_larger_than_any_policy_is_not_read_to_its_end(tmp_path):
@@ -226,10 +226,10 @@ def test_a_file_that_is_larger_than_any_policy_is_not_read_to_its_end(tmp_path):
     with open(folder / WEIGHTS, "r+b") as file:
         file.truncate(10**12)  # sparse
     with pytest.raises(InvalidPolicyError, match=f"larger than {LIMITS[WEIGHTS] // 1_000_000} MB"):
-        load_policy(folder)
+        Policy.from_pretrained(folder)
 
 
-def test_saving_replaces_links_and_does_not_write_through_them(tmp_path):
+def test_saving_replaces_links_and_does_not_write_through_them(tmp_path, monkeypatch):
     target = tmp_path / "target"
     target.write_text("untouched")
     folder = tmp_path / "policy"
@@ -237,9 +237,14 @@ def test_saving_replaces_links_and_does_not_write_through_them(tmp_path):
     for name in (CONFIG, WEIGHTS, "README.md"):
         (folder / name).symlink_to(target)
     Policy().save_pretrained(folder)
-    assert load_policy(folder)
-    for name in ("checkpoint.pt", "checkpoint.pt.writing"):
-        (folder / name).symlink_to(target)
+    assert Policy.from_pretrained(folder)
+    temporary = folder / ".checkpoint.pt.guessed.tmp"
+    for path in (folder / "checkpoint.pt", temporary):
+        path.symlink_to(target)
+    with monkeypatch.context() as patched:
+        patched.setattr(policy_files, "temporary_path", lambda path: temporary)
+        with pytest.raises(FileExistsError):
+            write_atomically(folder / "checkpoint.pt", b"new")
     write_atomically(folder / "checkpoint.pt", b"new")
     assert (folder / "checkpoint.pt").read_bytes() == b"new"
     assert not (folder / "checkpoint.pt").is_symlink()

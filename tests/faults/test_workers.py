@@ -8,31 +8,30 @@ import sys
 from pathlib import Path
 
 import pytest
-from small_runs import assert_whole, final_bytes
 
+from helpers import ROOT, TESTS
+from helpers.small_runs import assert_whole, final_bytes
 from learned_optim.meta_train.checkpoint import read_metrics
-
-ROOT = Path(__file__).parent.parent.parent
 
 #: A run of two processes, whose second does as it is told at outer step 3, once.
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {tests!r}]
-from small_tasks import Quadratic
+from helpers.small_tasks import Quadratic
 from learned_optim.meta_train import MetaTrainConfig, distributed, meta_train, outer_loop
 
 out, what = Path(sys.argv[1]), sys.argv[2]
 original = outer_loop._Run._outer_step
 
-def outer_step(self):
+def outer_step(self, estimator):
     done = out.with_suffix(".done")
     if self.outer_step == 3 and distributed.rank() == 1 and not done.exists():
         done.touch()
         if what == "kill":
             os.kill(os.getpid(), signal.SIGKILL)
         self.source.families[0].what = what
-    return original(self)
+    return original(self, estimator)
 
 outer_loop._Run._outer_step = outer_step
 
@@ -52,7 +51,7 @@ meta_train(config, tasks=[Greedy()], out=out, resume=True, show_progress=False)
 
 def torchrun(folder: Path, out: Path, what: str, restarts: int) -> subprocess.CompletedProcess[str]:
     script = folder / "script.py"
-    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(ROOT / "tests" / "meta_train")))
+    script.write_text(SCRIPT.format(root=str(ROOT), tests=str(TESTS)))
     return subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--max-restarts", str(restarts), str(script), str(out), what],

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from small_tasks import regression
 from torch import nn
 
+from helpers.small_tasks import regression
 from learned_optim import Policy, PolicyConfig
-from learned_optim.cells import Hyperparameters
-from learned_optim.kernels import find_compiler
+from learned_optim.engine.kernels import find_compiler
 from learned_optim.meta_train import MetaTrainConfig
 from learned_optim.meta_train.backend import chosen_backend, planned_inner_steps
 from learned_optim.meta_train.problem import ROW, Problem
 from learned_optim.meta_train.unroll import unroll
+from learned_optim.rule.types import Hyperparameters
 
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
 
@@ -52,9 +52,9 @@ def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
             torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(state.params, expected_state.params, rtol=1e-4, atol=1e-5)
         atol = 2e-3 if config.orthogonal else 1e-3
-        for found, wanted in zip(grads, expected_grads, strict=True):
+        for grad, wanted in zip(grads, expected_grads, strict=True):
             # Relative to the largest entry: single precision, and many entries are sums that nearly cancel.
-            torch.testing.assert_close(found / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=atol)
+            torch.testing.assert_close(grad / wanted.abs().max(), wanted / wanted.abs().max(), rtol=0, atol=atol)
         graphs = graphs or compilations["unique_graphs"]
         assert compilations["unique_graphs"] == graphs
 
@@ -70,9 +70,9 @@ def test_padding_stays_zero_and_is_not_counted():
         name: torch.ones_like(t) for name, t in problem.views(start.params).items()
     }) > 0  # fmt: skip
     assert int(used.sum()) == sum(p.numel() for p in problem.views(start.params).values())
-    for plane in (end.params, end.planes.exp_avg, end.planes.exp_avg_sq, *end.planes.hidden):
-        assert not plane[~used].any()
-    assert problem.layout.numel.tolist() == [p.numel() for p in problem.views(start.params).values()]
+    for vector in (end.params, *end.coordinate_state.tensors):
+        assert not vector[~used].any()
+    assert problem.layout.tensor_shapes.numel.tolist() == [p.numel() for p in problem.views(start.params).values()]
 
 
 @pytest.mark.parametrize(

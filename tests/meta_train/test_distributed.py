@@ -1,4 +1,4 @@
-"""``torchrun ... -m learned_optim.meta_train``: as many processes as one likes, the same run."""
+"""``torchrun ... -m learned_optim meta-train``: as many processes as one likes, the same run."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from helpers import ROOT
 from learned_optim.cli import main
 from learned_optim.meta_train.checkpoint import read_metrics
 
-ROOT = Path(__file__).parent.parent.parent
 SMALL = (
     "--tasks", "noisy_quadratic", "tiny_mlp", "--max-length", "8", "--unroll-length", "4", "--meta-batch", "3",
     "--validate-every", "2", "--validation-tasks", "tiny_mlp", "--validation-seeds", "3", "--validation-length", "6",
@@ -29,7 +29,7 @@ def in_one_process(out: Path, *arguments: str) -> None:
 def in_two_processes(out: Path, *arguments: str) -> str:
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run(
-        [*torchrun, "-m", "learned_optim.meta_train", "--out", str(out), *SMALL, *arguments], capture_output=True,
+        [*torchrun, "-m", "learned_optim", "meta-train", "--out", str(out), *SMALL, *arguments], capture_output=True,
         text=True, timeout=300, check=False,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -39,8 +39,8 @@ def in_two_processes(out: Path, *arguments: str) -> str:
 
 def assert_same_run(folder: Path, other: Path) -> None:
     for which in ("final", "best"):
-        found, expected = (load_file(f / which / "model.safetensors") for f in (folder, other))
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+        actual, expected = (load_file(f / which / "model.safetensors") for f in (folder, other))
+        torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-6)
     assert max(float(w.abs().max()) for w in load_file(folder / "final" / "model.safetensors").values()) > 0
     lines, expected_lines = read_metrics(folder), read_metrics(other)
     assert len(lines) == len(expected_lines)

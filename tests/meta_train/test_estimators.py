@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from small_tasks import Quadratic
-from support import random_policy
 
+from helpers.small_tasks import Quadratic
+from helpers.support import random_policy
 from learned_optim import Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
-from learned_optim.meta_train.combine import Combiner, combine_by_inverse_variance
+from learned_optim.meta_train.aggregate import GradientAggregator, combine_by_inverse_variance
 from learned_optim.meta_train.estimators import (
     ES,
     PES,
@@ -18,7 +18,7 @@ from learned_optim.meta_train.estimators import (
     Mixed,
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, mean_along
-from learned_optim.meta_train.slowness import BOUND, log_slowness, marks
+from learned_optim.meta_train.time_ratio import BOUND, log_time_ratio, marks
 from learned_optim.meta_train.trajectories import TaskSource
 from learned_optim.meta_train.validation import mean_difference
 
@@ -42,7 +42,7 @@ def settings(**changes):
 def make(cls, **changes):
     config = settings(**changes)
     policy = random_policy()
-    return cls(TaskSource([OneQuadratic()], config, policy.config), config, mean_along), policy
+    return cls(TaskSource([OneQuadratic()], config, policy.config), config, mean_along, "eager"), policy
 
 
 @pytest.fixture(scope="module")
@@ -77,16 +77,16 @@ def test_pes_finds_the_gradient_of_the_whole_trajectory_from_windows(exact):
 
 def test_first_order_back_propagation_is_biased_but_points_the_right_way(exact):
     estimator, policy = make(BackpropTruncated, unroll_length=12)
-    found = estimator.estimate(policy, LEARNED, 0, 0).gradient["amplitude"].double()
-    assert float(torch.cosine_similarity(found, exact, dim=0)) > 0.5
-    assert float((found - exact).norm()) > 1e-3 * float(exact.norm())
+    biased = estimator.estimate(policy, LEARNED, 0, 0).gradient["amplitude"].double()
+    assert float(torch.cosine_similarity(biased, exact, dim=0)) > 0.5
+    assert float((biased - exact).norm()) > 1e-3 * float(exact.norm())
 
 
 def test_truncated_windows_walk_along_one_trajectory_and_then_begin_another():
     estimator, policy = make(BackpropTruncated, unroll_length=5)
     steps = [estimator.estimate(policy, LEARNED, 0, i).inner_steps for i in range(4)]
     assert steps == [5, 5, 2, 5]
-    assert estimator.running[0].begun_at == 3
+    assert estimator.trajectories[0].begun_at == 3
 
 
 def test_an_estimate_depends_on_slot_and_outer_step_alone():
@@ -100,9 +100,9 @@ def test_an_estimate_depends_on_slot_and_outer_step_alone():
 
 def test_a_diverged_run_counts_as_slow_and_not_as_infinite():
     good, bad = marks([2.0 / (t + 1) for t in range(40)]), marks([2.0, *[float("inf")] * 39])
-    assert log_slowness(bad, good) == BOUND
-    assert log_slowness(good, bad) == -BOUND
-    assert log_slowness(bad, bad) == 0.0
+    assert log_time_ratio(bad, good) == BOUND
+    assert log_time_ratio(good, bad) == -BOUND
+    assert log_time_ratio(bad, bad) == 0.0
 
 
 def test_half_the_loss_exponent_counts_as_a_log_speedup():
@@ -110,7 +110,7 @@ def test_half_the_loss_exponent_counts_as_a_log_speedup():
     for power in (0.3, 1.0):
         slow = marks([(t + 1) ** -power for t in range(400)])
         fast = marks([(2 * t + 2) ** -power for t in range(400)])
-        assert log_slowness(slow, fast) == pytest.approx(0.693, rel=0.03)
+        assert log_time_ratio(slow, fast) == pytest.approx(0.693, rel=0.03)
 
 
 def test_validation_measures_time_and_held_out_losses_as_they_are():
@@ -140,7 +140,7 @@ def test_the_mixed_estimator_alternates_and_its_kinds_are_mixed_by_inverse_varia
     estimator, policy = make(Mixed, unroll_length=4)
     estimates = [estimator.estimate(policy, LEARNED, slot, 0) for slot in range(4)]
     assert [e.kind for e in estimates] == ["BackpropTruncated", "PES"] * 2
-    assert sorted(estimator.running) == [0, 1, 2, 3]
+    assert sorted(estimator.trajectories) == [0, 1, 2, 3]
     for i, cls in enumerate((BackpropTruncated, PES)):
         alone, _ = make(cls, unroll_length=4)
         gradient = alone.estimate(policy, LEARNED, i, 0).gradient["amplitude"]
@@ -148,33 +148,33 @@ def test_the_mixed_estimator_alternates_and_its_kinds_are_mixed_by_inverse_varia
     # 1 +- 0.1 and 3 +- 1, two estimates each: weights in the ratio of 100 to 1.
     values = [(1.1, "a"), (0.9, "a"), (4.0, "b"), (2.0, "b")]
     batch = [estimate(value, slot, kind=kind) for slot, (value, kind) in enumerate(values)]
-    found = Combiner(clip=100.0, by_family=False)(batch, ["w"])["w"]
-    torch.testing.assert_close(found, torch.full((4,), (100 * 1.0 + 1 * 3.0) / 101), rtol=1e-5, atol=0)
+    mixed = GradientAggregator(clip=100.0, by_family=False)(batch, ["w"])["w"]
+    torch.testing.assert_close(mixed, torch.full((4,), (100 * 1.0 + 1 * 3.0) / 101), rtol=1e-5, atol=0)
     # A single estimate has no variance: then all count alike.
-    found = Combiner(clip=100.0, by_family=False)(batch[:3], ["w"])["w"]
-    torch.testing.assert_close(found, torch.full((4,), 2.0), rtol=1e-6, atol=0)
+    mixed = GradientAggregator(clip=100.0, by_family=False)(batch[:3], ["w"])["w"]
+    torch.testing.assert_close(mixed, torch.full((4,), 2.0), rtol=1e-6, atol=0)
 
 
 def test_one_exploding_task_cannot_outvote_the_others():
-    combiner = Combiner(clip=5.0, by_family=False)
+    aggregator = GradientAggregator(clip=5.0, by_family=False)
     for _ in range(5):
-        combiner([estimate(1.0), estimate(-1.0, 1)], ["w"])
-    gradient = combiner([estimate(1.0), estimate(-1e6, 1), estimate(1.0, 2)], ["w"])["w"]
-    assert combiner.clipped == 1
+        aggregator([estimate(1.0), estimate(-1.0, 1)], ["w"])
+    gradient = aggregator([estimate(1.0), estimate(-1e6, 1), estimate(1.0, 2)], ["w"])["w"]
+    assert aggregator.clipped == 1
     torch.testing.assert_close(gradient, torch.full((4,), -1.0))
 
 
 def test_non_finite_estimates_are_dropped_and_counted():
-    combiner = Combiner(clip=5.0, by_family=False)
-    gradient = combiner([estimate(2.0), estimate(float("nan"), 1), estimate(float("inf"), 2)], ["w"])["w"]
-    assert combiner.dropped == 2
+    aggregator = GradientAggregator(clip=5.0, by_family=False)
+    gradient = aggregator([estimate(2.0), estimate(float("nan"), 1), estimate(float("inf"), 2)], ["w"])["w"]
+    assert aggregator.dropped == 2
     torch.testing.assert_close(gradient, torch.full((4,), 2.0))
 
 
 def test_families_of_large_gradients_do_not_drown_the_others():
-    combiner = Combiner(clip=5.0, by_family=True)
+    aggregator = GradientAggregator(clip=5.0, by_family=True)
     for _ in range(50):
-        gradient = combiner([estimate(1000.0, 0, "loud"), estimate(-1.0, 1, "quiet")], ["w"])["w"]
+        gradient = aggregator([estimate(1000.0, 0, "loud"), estimate(-1.0, 1, "quiet")], ["w"])["w"]
     torch.testing.assert_close(gradient, torch.zeros(4), rtol=0, atol=1e-3)
 
 
@@ -185,14 +185,14 @@ def test_meta_losses_are_what_they_say():
     assert float(META_LOSSES["log_ratio"](losses, 2.0)) == pytest.approx(0.0, abs=1e-6)
 
 
-@pytest.mark.parametrize(("part", "rows"), [("step_size", [0]), ("averaging", [1, 2, 4]), ("agreement", [3])])
+@pytest.mark.parametrize(("part", "rows"), [("step_size", [0]), ("averaging", [1, 2, 4]), ("caution", [3])])
 def test_a_part_of_the_head_moves_its_rows_and_nothing_else(part, rows):
     config = MetaTrainConfig(outer_steps=2, parts=(part,), meta_batch=2, max_length=6, validate_every=0)
     for estimator in ("es", "backprop"):
         start = Policy()
         learned = meta_train(dataclasses.replace(config, estimator=estimator), [Quadratic()], start=start).policy
         moved = {name: (w - start.weights()[name]).detach() for name, w in learned.weights().items()}
-        unmoved = part == "agreement" and not moved["head"].any()  # where nothing disagreed
+        unmoved = part == "caution" and not moved["head"].any()  # where nothing disagreed
         assert unmoved or [row for row, values in enumerate(moved["head"]) if values.any()] == rows
         assert not any(w.any() for name, w in moved.items() if name != "head")
         if part == "averaging":

@@ -4,8 +4,8 @@ import math
 
 import pytest
 import torch
-from small_tasks import Quadratic, regression
 
+from helpers.small_tasks import Quadratic, regression
 from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.problem import FromInit
 from learned_optim.meta_train.validation import validate
@@ -26,8 +26,8 @@ def test_validation_sees_the_learned_parameters_and_the_best_are_kept(tmp_path):
     assert result.init is not None
     assert list(result.init) == list(task.init(torch.Generator())[0])
     assert (tmp_path / "best" / "init.safetensors").exists()
-    found = validate(result.policy, [task], settings(), "eager", result.init)
-    assert math.exp(found["regression/0"][0]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
+    outcomes = validate(result.policy, [task], settings(), "eager", result.init)
+    assert math.exp(outcomes["regression/0"][0]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
 
 
 def held_out_after(result, task):

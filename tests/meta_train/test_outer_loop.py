@@ -6,12 +6,12 @@ import random
 import shutil
 import signal
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from small_tasks import Quadratic, regression
 
+from helpers import ROOT
+from helpers.small_tasks import Quadratic, regression
 from learned_optim import LearnedOptimizer, Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.checkpoint import RunFolder, read_metrics
@@ -118,21 +118,11 @@ def test_a_policy_is_fine_tuned_from_a_folder(tmp_path):
 
 
 def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
-    assert settings(parts=(), estimator="es").with_parts("gated").parts == ("pace", "step_size")
-    assert settings(parts=(), estimator="es").with_parts("gru").parts == (
-        "pace",
-        "tensor_head",
-        "gates",
-        "amplitude",
-        "gru",
-    )
-    assert settings(parts=(), estimator="backprop").with_parts("gated").parts == (
-        "pace",
-        "tensor_head",
-        "gates",
-        "amplitude",
-        "gru",
-    )
+    everything = ("pace", "tensor_head", "gates", "amplitude", "gru")
+    es, backprop = (settings(parts=(), estimator=estimator) for estimator in ("es", "backprop"))
+    assert es.with_parts(is_mixture=True).parts == ("pace", "step_size")
+    assert es.with_parts(is_mixture=False).parts == everything
+    assert backprop.with_parts(is_mixture=True).parts == everything
     last = train(settings(parts=())).last
     assert last.head[0].abs().max() > 0
     assert last.head[1:].abs().max() == 0
@@ -281,7 +271,7 @@ def test_early_stopping_ends_a_run_that_does_not_improve():
     assert len(result.history) == 4
 
 
-@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "recipes").glob("*.toml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "pretrained" / "recipes").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_recipes_name_what_there_is(path):
     config = MetaTrainConfig.from_file(path)
     for name in (*config.tasks, *config.validation_tasks):

@@ -2,16 +2,16 @@
 
 import pytest
 import torch
-from small_tasks import Quadratic, Tied, normalised, regression
-from support import POLICIES
 
+from helpers.small_tasks import Quadratic, Tied, normalised, regression
+from helpers.support import POLICIES
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
-from learned_optim.cells import Hyperparameters
-from learned_optim.coordinates import Whole
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
+from learned_optim.rule.layouts import Whole
+from learned_optim.rule.types import Hyperparameters
+from learned_optim.rule.update import initial_state, update
 from learned_optim.tasks import FAMILIES
-from learned_optim.update_rule import initial_state, update
 
 ORTHOGONAL = POLICIES["orthogonal"].config
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
@@ -101,16 +101,16 @@ def test_second_order_meta_gradients_equal_finite_differences(config, held_out, 
     _, gradient = meta_gradient(policy, task, options)
     generator = torch.Generator().manual_seed(7)
     direction = {n: torch.randn(w.shape, generator=generator, dtype=torch.float64) for n, w in policy.weights().items()}
-    # The agreement gate jumps where a coordinate changes sides, so the difference must be small.
+    # Caution jumps where a coordinate changes sides, so the difference must be small.
     values = []
     for sign in (1.0, -1.0):
         moved = Policy(config).double()
         moved.load_state_dict({n: w.detach() + sign * 1e-7 * direction[n] for n, w in policy.weights().items()})
         values.append(meta_gradient(moved, task, options)[0])
     expected = float(values[0] - values[1]) / 2e-7
-    found = sum(float((g * direction[n]).sum()) for n, g in gradient.items())
-    assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
-    assert abs(found) > 1e-4
+    slope = sum(float((g * direction[n]).sum()) for n, g in gradient.items())
+    assert slope == pytest.approx(expected, rel=1e-4, abs=1e-6)
+    assert abs(slope) > 1e-4
 
 
 def slow_first_order(policy, task, steps=7):
@@ -127,11 +127,10 @@ def slow_first_order(policy, task, steps=7):
         loss = task.loss(leaf, buffers, batch)
         grads = torch.autograd.grad(loss, list(leaf.values()), allow_unused=True, materialize_grads=True)
         for (n, p), g in zip(params.items(), grads, strict=True):
-            planes, memory = state[n]
-            new, planes, memory = update(
-                weights, config, Whole(p.shape), p.reshape(-1), g.reshape(-1), planes, memory, float(t), HYPER
+            new, *state[n] = update(
+                weights, config, Whole(p.shape), p.reshape(-1), g.reshape(-1), *state[n], float(t), HYPER
             )
-            params[n], state[n] = new.view(p.shape), (planes, memory)
+            params[n] = new.view(p.shape)
         after = {name: b.clone() for name, b in buffers.items()}
         losses.append(task.loss(params, after, batches[t]))
     value = torch.stack(losses).log().mean()
@@ -206,13 +205,13 @@ def test_gradients_reach_the_initial_parameters():
         return unroll(policy.weights(), policy.config, problem, state, batches, HYPER, options)[1][-1]
 
     params = start.params.clone().requires_grad_()
-    (found,) = torch.autograd.grad(final_loss(params), params)
+    (grad,) = torch.autograd.grad(final_loss(params), params)
     for i in range(params.numel()):
         shift = torch.zeros_like(params)
         shift[i] = 1e-6
         with torch.no_grad():
             expected = (final_loss(params + shift) - final_loss(params - shift)) / 2e-6
-        assert float(found[i]) == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
+        assert float(grad[i]) == pytest.approx(float(expected), rel=1e-4, abs=1e-7)
 
 
 def test_a_fixed_scale_changes_no_value_and_takes_the_step_size_out_of_the_gradient():

@@ -7,12 +7,12 @@ from functools import partial
 
 import pytest
 import torch
-from small_tasks import Quadratic
 
+from helpers.small_tasks import Quadratic
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
-from learned_optim.cells import Hyperparameters
 from learned_optim.meta_train.problem import FromInit, Problem
 from learned_optim.meta_train.unroll import unroll
+from learned_optim.rule.types import Hyperparameters
 from learned_optim.tasks.rollout import train
 from learned_optim.tasks.warm import WarmStart, begin_warm
 

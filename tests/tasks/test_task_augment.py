@@ -90,10 +90,10 @@ def test_a_task_without_held_out_data_stays_so(label):
 def test_rescaled_parameters_compute_the_same_function_with_other_gradients():
     plain, task = make_task(), RescaledParameters(make_task(), seeded(5))
     torch.testing.assert_close(losses(task), losses(plain))
-    expected, found = gradients(plain), gradients(task)
+    expected, actual = gradients(plain), gradients(task)
     assert len({round(c, 3) for c in task.factors.values()}) == len(expected)
     for name, c in task.factors.items():
-        torch.testing.assert_close(found[name], c * expected[name], rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(actual[name], c * expected[name], rtol=1e-3, atol=1e-5)
 
 
 def test_scaled_loss_scales_the_loss():

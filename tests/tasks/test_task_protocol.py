@@ -138,9 +138,9 @@ def test_initial_tensors_are_fresh_even_if_the_module_is_not():
     module = nn.Linear(3, 1)
     task = ModuleTask(lambda: module, lambda rng: random_rows(rng, 8, 3), square)
     params, _ = task.init(seeded())
-    kept = module.weight.detach().clone()
+    before = module.weight.detach().clone()
     params["weight"].zero_()
-    assert torch.equal(module.weight, kept)
+    assert torch.equal(module.weight, before)
 
 
 def test_the_module_keeps_its_own_tensors_after_a_loss_and_after_an_error():

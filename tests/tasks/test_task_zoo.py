@@ -164,9 +164,9 @@ def test_training_and_validation_text_share_no_module():
 
 
 def test_held_out_text_is_a_tenth_and_words_are_the_frequent_ones():
-    kept, held_out = characters("train", False), characters("train", True)
-    assert 0.08 < len(held_out) / (len(kept) + len(held_out)) < 0.12
-    assert int(kept.max()) < 96
+    training, held_out = characters("train", False), characters("train", True)
+    assert 0.08 < len(held_out) / (len(training) + len(held_out)) < 0.12
+    assert int(training.max()) < 96
     tokens = words("train", False, 500)
     assert int(tokens.max()) == 499
     assert float((tokens == 0).float().mean()) < 0.3

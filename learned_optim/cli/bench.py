@@ -1,0 +1,198 @@
+"""The subcommand ``bench``: which suites there are, and how they are run. Torch is imported once one runs.
+
+A suite is a frozen dataclass, whose fields are its options, in a module without torch, and a function that is called
+with an instance of it, the folder for what it writes and the command line as text; it prints its result. Options of
+the same name in several suites must be of the same type and have the same default.
+"""
+
+# ruff: noqa: T201  (printing is what a command line is for)
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shlex
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
+
+from tyro.conf import arg
+
+from learned_optim.bench.config import StepBenchConfig
+from learned_optim.bench.quality_config import QualityConfig
+from learned_optim.cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from learned_optim.bench.pool import Progress
+
+
+class _Bar:
+    """A bar with the time left, on terminals: known runs count for nothing, the others for the seconds they take."""
+
+    def __init__(self) -> None:
+        from tqdm import tqdm
+
+        self._bar = tqdm(
+            total=0.0, disable=None, file=sys.stderr, dynamic_ncols=True,
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
+        )  # fmt: skip
+        self._known = self._done = 0.0
+
+    def __call__(self, progress: Progress) -> None:
+        """Show it."""
+        cost, self._done = progress.cost_done - self._done, progress.cost_done
+        self._known += cost if progress.cached else 0.0
+        self._bar.total = max(progress.cost_total - self._known, 1e-9)
+        if not progress.cached:
+            self._bar.update(cost)
+        self._bar.set_description_str(f"{progress.done}/{progress.total} {progress.what}", refresh=False)
+
+    def close(self) -> None:
+        """Leave the line."""
+        self._bar.close()
+
+
+def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
+    """Run the suite, print its tables, and write them with the figures and pictures into ``out``.
+
+    ``out`` then holds ``results.json`` of the first policy, ``table.md``, ``plots/`` and, for several policies,
+    ``policies/<label>/results.json`` of each.
+    """
+    from learned_optim.bench.cache import read_looks
+    from learned_optim.bench.quality import load_policies, run_quality
+    from learned_optim.bench.report import markdown, results, write_results
+    from learned_optim.policy.files import write_atomically
+    from learned_optim.tasks import get_families
+
+    try:
+        get_families(config.tasks)
+    except ValueError as error:
+        raise UsageError(f"bench: {error}") from error
+    policies = load_policies(config.policies)  # before the hours
+    bar = _Bar()
+    try:
+        result = run_quality(config, policies=policies, progress=bar)
+    finally:
+        bar.close()
+    text = markdown(result, looks=len(read_looks(config.cache_folder())))
+    write_results(out, results(result, command=command))
+    if len(policies) > 1:
+        for contender in (c for c in result.contenders if c.role == "learned"):
+            write_results(out / "policies" / contender.label, results(result, contender, command=command))
+    write_atomically(out / "table.md", text.encode())
+    print(text)
+    try:
+        from learned_optim.bench.plots import draw_all
+
+        draw_all(result, out / "plots")
+    except ImportError as error:
+        print(f"no plots: {error}", file=sys.stderr)
+    print(out)
+
+
+def run_step_suite(config: StepBenchConfig, out: Path, command: str) -> None:
+    """Run the suite into ``out``; what is measured next is said on terminals."""
+    from learned_optim.bench.step import run_config, table
+
+    def say(what: str) -> None:
+        if sys.stderr.isatty():
+            print(what, file=sys.stderr)
+
+    print(table(run_config(config, out, say)))
+    print(out)
+
+
+class Suite(NamedTuple):
+    """A suite: the class of its options, and what runs it."""
+
+    config: type[Any]
+    run: Callable[[Any, Path, str], None]
+
+
+SUITES = {
+    "quality": Suite(QualityConfig, run_quality_suite),
+    "step": Suite(StepBenchConfig, run_step_suite),
+}
+
+
+def _texts(config: Any) -> dict[str, str]:
+    """What the docstring says of each field."""
+    text = (config.__doc__ or "").partition("Args:\n")[2].partition("\n\n")[0]
+    fields = re.findall(r"^ {8}(\w+): (.*?)(?=^ {8}\w+: |\Z)", text + "\n", re.MULTILINE | re.DOTALL)
+    return {name: " ".join(words.split()) for name, words in fields}
+
+
+def _fields() -> list[Any]:
+    texts: dict[str, str] = {}
+    fields: dict[str, Any] = {}
+    for suite, (config, _) in SUITES.items():
+        hints, own = get_type_hints(config), _texts(config)
+        for field in dataclasses.fields(config):
+            texts[field.name] = f"{texts.get(field.name, '')} ({suite}) {own.get(field.name, '')}".strip()
+            optional = type(None) in get_args(hints[field.name])
+            metavar = "PATH" if optional else None  # tyro's own would be {None}|PATH
+            hint = Annotated[hints[field.name], arg(help=texts[field.name], metavar=metavar)]
+            fields[field.name] = (field.name, hint, dataclasses.field(default=field.default))
+    suites = Literal[tuple(SUITES)]  # pyright: ignore[reportInvalidTypeForm]
+    return [
+        ("suite", Annotated[suites, arg(help="What is measured.")], dataclasses.field()),
+        ("out", Annotated[Path | None, arg(metavar="DIR", help="Folder for the results; bench/SUITE if not given.")],
+         dataclasses.field(default=None)),
+        *fields.values(),
+    ]  # fmt: skip
+
+
+#: The options of all suites together.
+Bench = dataclasses.make_dataclass(
+    "Bench", _fields(), frozen=True,
+    namespace={"__doc__": "Measure learned update rules against hand-designed optimizers."},
+)  # fmt: skip
+
+
+def config_of(command: Any) -> Any:
+    """The configuration of the suite that a command line asks for.
+
+    Raises:
+        UsageError: an option of another suite, or a value out of range.
+    """
+    wanted = SUITES[command.suite].config
+    own = {field.name: field for field in dataclasses.fields(wanted)}
+    given = {}
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name in ("suite", "out") or value == field.default:
+            continue
+        if field.name not in own:
+            raise UsageError(f"bench: --{field.name.replace('_', '-')} is no option of the suite {command.suite}")
+        given[field.name] = value
+    try:
+        return wanted(**given)
+    except ValueError as error:
+        raise UsageError(f"bench: {error}") from error
+
+
+def command_line(command: Any) -> str:
+    """The command line that would be typed for ``command``, without the folders of this machine."""
+    words = ["learned-optim", "bench", "--suite", command.suite]
+    for field in dataclasses.fields(command):
+        value = getattr(command, field.name)
+        if field.name in ("suite", "out", "cache", "processes") or value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            values = value if isinstance(value, tuple) else (value,)
+            words += [f"--{flag}", *(_portable(str(v)) for v in values)]
+    return shlex.join(words)
+
+
+def _portable(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word
+
+
+def run(command: Any) -> None:
+    """Run ``learned-optim bench``."""
+    config = config_of(command)
+    SUITES[command.suite].run(config, command.out or Path("bench") / command.suite, command_line(command))

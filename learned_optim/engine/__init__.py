@@ -1,0 +1,12 @@
+"""How the rule is run over a model's tensors, without gradients and in place. Knows nothing of policies and files.
+
+step.py             the passes of a step, over buckets of tensors: start here
+head.py             the tensor head over many tensors at once
+auto.py             which backend runs: ``make_backend``
+eager.py            plain torch operations
+compiled.py         compiled kernels; kernels.py makes them and keeps them on disk
+packing.py          small tensors side by side in one vector
+param_state.py      one parameter with gradient and state, as backends see it
+hyperparameters.py  parameter groups: checks, and the hyperparameters of a step
+sharding.py         parameters spread over processes
+"""

@@ -1,0 +1,108 @@
+"""The tensor head over many tensors at once, and what it leaves behind for diagnostics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.engine.packing import copy_all, to_device
+from learned_optim.engine.param_state import ParamIndex, ParamState
+from learned_optim.rule import update
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.layouts import TensorShapes
+from learned_optim.rule.types import Hyperparameters, Spread, TensorState, TensorSums
+
+#: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
+#: tensor's bits do not depend on how many tensors are run with it.
+COLUMNS = 16
+
+
+class LengthFactors(NamedTuple):
+    """By how much orthogonalising changed the lengths of updates."""
+
+    params: list[ParamIndex]
+    factors: Tensor  #: [len(params)]
+
+
+class StepRecord(NamedTuple):
+    """What the head saw and said of K tensors in their last step: a few dozen values each."""
+
+    params: list[ParamIndex]
+    steps: list[float]
+    hypers: list[Hyperparameters]
+    numel: Tensor  #: [K] and more
+    sums: TensorSums  #: [K] each
+    coefficients: Tensor  #: [C, K], see ``Coefficients.of_rows``
+    tensor_state: TensorState  #: [K] and more, each
+    length_factors: list[LengthFactors]  #: of those that were orthogonalised
+
+
+@lru_cache(maxsize=256)
+def _padded_shapes(shapes: tuple[torch.Size, ...], device: torch.device) -> TensorShapes:
+    """Of K tensors, and of as many empty ones as make K a multiple of ``COLUMNS``."""
+    return TensorShapes.of((*shapes, *[torch.Size((0,))] * (-len(shapes) % COLUMNS)), device)
+
+
+def head_pass(
+    weights: Mapping[str, Tensor],
+    config: PolicyConfig,
+    tensor_shapes: TensorShapes,
+    sums: TensorSums,
+    state: TensorState,
+    step: Spread,
+) -> tuple[Tensor, TensorState]:
+    """:func:`learned_optim.rule.update.coefficients`, stacked to [C, K]."""
+    coeff, state = update.coefficients(weights, config, tensor_shapes, sums, state, step)
+    return coeff.stack(), state
+
+
+class TensorHead:
+    """The policy's tensor head."""
+
+    def __init__(self, config: PolicyConfig, weights: Mapping[str, Tensor]) -> None:
+        self.config = config
+        self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
+        self.compiled: dict[torch.device, Callable] = {}  #: in place of :func:`head_pass`
+        self._weights: dict[torch.device, dict[str, Tensor]] = {}
+        self._buffers: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
+
+    def __call__(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, StepRecord]:
+        """Coefficients, [C, len(params)] in float64; the per-tensor state is updated in place."""
+        device, count = sums.u_u.device, len(params)
+        tensor_shapes = _padded_shapes(tuple([p.shape for p in params]), device)
+        spare = len(tensor_shapes.numel) - count
+        padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, spare)).unbind())
+        scalars = [value for field in zip(*(p.tensor_state for p in params), strict=True) for value in field]
+        matrix, views = self._buffer(len(scalars) // count, count, device)
+        copy_all(views, scalars)
+        state = TensorState(*torch.nn.functional.pad(matrix, (0, spare)).unbind())
+        steps = [p.context.step for p in params]
+        step = to_device(steps + [1.0] * spare, torch.float64, device)
+        if device not in self._weights:
+            self._weights[device] = {k: w.to(device) for k, w in self.weights.items()}
+        run = self.compiled.get(device, head_pass)
+        stacked, state = run(self._weights[device], self.config, tensor_shapes, padded, state, step)
+        matrix.copy_(torch.stack(state.tensors)[:, :count])
+        copy_all(scalars, views)
+        stacked = stacked[:, :count]
+        hypers = [p.context.hyper for p in params]
+        indices = [p.param_index for p in params]
+        return stacked, StepRecord(indices, steps, hypers, tensor_shapes.numel, sums, stacked, state, [])
+
+    def _buffer(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+        """A matrix in float64 to write into, and views of its entries: those of the last call, if they fit."""
+        buffer = self._buffers.get((rows, device))
+        if buffer is None or buffer[0].shape[1] != columns:
+            with torch.inference_mode(False), torch.no_grad():
+                matrix = torch.zeros(rows, columns, dtype=torch.float64, device=device)
+                buffer = self._buffers[rows, device] = matrix, list(matrix.view(-1).unbind())
+        return buffer
+
+
+def stacked_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """[len(tensors), ...]; of a single one a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

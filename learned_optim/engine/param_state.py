@@ -1,0 +1,184 @@
+"""A parameter with its gradient and state as backends see them: real, of this process, kept from step to step.
+
+Looking at every tensor anew in each step takes longer than the arithmetic of a small one. A :class:`ParamState` is
+therefore kept as long as parameter and state are the same tensors at the same addresses; only gradient and step change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from operator import is_
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from learned_optim.engine.hyperparameters import StepContext
+from learned_optim.engine.sharding import gradient_as, is_dtensor, local, real_shape
+from learned_optim.rule.types import TensorState
+
+#: Keys of the per-tensor state, with a safeguard and without.
+GUARDED_TENSOR_KEYS = TensorState._fields
+TENSOR_KEYS = tuple(key for key in GUARDED_TENSOR_KEYS if key != "trust")
+#: Group and position in it.
+ParamIndex = tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Format:
+    """Device and dtypes of a parameter, its gradient and its state tensors; equal ones are the same object."""
+
+    device: torch.device
+    param: torch.dtype
+    grad: torch.dtype
+    state: tuple[torch.dtype, ...]
+
+
+format_of = cache(Format)
+
+
+def arithmetic_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything of lower precision."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class CachedViews(Protocol):
+    """Views of a parameter's tensors that a backend keeps from step to step."""
+
+    def release_grad(self) -> None:
+        """Drop the reference to the gradient."""
+        ...
+
+
+class ParamState:
+    """One parameter's tensors, real, with any strides; state tensors are shaped like the parameter.
+
+    Args:
+        of: the parameter, which may be complex or spread over processes.
+        state: its state.
+        keys: of the state tensors in it.
+        tensor_keys: of the per-tensor state in it, in the order of :class:`TensorState`.
+        param_index: group and position of the parameter.
+        origin: row and column of the whole parameter at which a shard begins.
+    """
+
+    def __init__(
+        self,
+        of: Tensor,
+        state: Mapping[str, Tensor],
+        keys: Sequence[str],
+        tensor_keys: Sequence[str],
+        param_index: ParamIndex,
+        origin: tuple[int, int],
+    ) -> None:
+        self.param_index, self.origin = param_index, origin
+        self.shape = real_shape(of)  #: of the whole parameter, of which the tensors may be a shard
+        self.count = state["step"]
+        self.tensor_state = [state[key] for key in tensor_keys]  #: 0-d each
+        self._state = tuple(state.values())
+        self._form = (of.dtype, of.shape, of.stride())
+        self._of = (of, *(state[key] for key in keys))
+        self._sharded = is_dtensor(of)
+        self._here = [local(t) for t in self._of]
+        self._addresses = [t.data_ptr() for t in self._here]
+        self.complex = of.is_complex()
+        self.param, *state_tensors = [_real(t) for t in self._here] if self.complex else self._here
+        self.state_tensors = tuple(state_tensors)  #: exp_avg, exp_avg_sq, hidden_0, ...
+        self.numel = self.param.numel()
+        self.grad = self.param  # until there is one
+        self.context: StepContext
+        dtypes = tuple(t.dtype for t in state_tensors)
+        self.format = format_of(self.param.device, self.param.dtype, self.param.dtype, dtypes)
+        self.cached_views: CachedViews | None = None
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        """Parameter, gradient and state tensors."""
+        return (self.param, self.grad, *self.state_tensors)
+
+    def is_of(self, of: Tensor, state: Mapping[str, Tensor]) -> bool:
+        """Whether it was made of these very tensors, and they have not moved."""
+        if of is not self._of[0] or self.complex or (of.dtype, of.shape, of.stride()) != self._form:
+            return False
+        if len(state) != len(self._state) or not all(map(is_, state.values(), self._state)):
+            return False
+        if self._sharded and not all(map(is_, map(local, self._of), self._here)):
+            return False
+        return [t.data_ptr() for t in self._here] == self._addresses
+
+    def set_grad(self, grad: Tensor, maximize: bool) -> None:
+        """The gradient of a step."""
+        if self._sharded or self.complex or type(grad) is not Tensor:
+            grad = local(gradient_as(self._of[0], grad))
+            grad = _real(grad) if self.complex else grad
+        self.grad = -grad if maximize else grad
+        if grad.dtype is not self.format.grad:
+            self.format = format_of(self.format.device, self.format.param, grad.dtype, self.format.state)
+
+    def release_grad(self) -> None:
+        """Drop every reference to the gradient."""
+        self.grad = self.param
+        if self.cached_views is not None:
+            self.cached_views.release_grad()
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor.resolve_conj())
+
+
+class FlatViews:
+    """A parameter's tensors as vectors, all in one order of coordinates.
+
+    With ``in_order`` that is the order of their indices. Tensors that are contiguous, or else dense and of the same
+    strides (channels_last, transposed), are seen through views of their memory. Others are copied, and
+    :meth:`write_back` copies what has changed back.
+    """
+
+    def __init__(self, param: ParamState, in_order: bool = False) -> None:
+        self.originals = originals = param.tensors
+        contiguous = all(t.is_contiguous() for t in originals)
+        self.copied = not (contiguous or (not in_order and _share_order(originals)))
+        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
+        in_place = (param.param.detach(), *originals[1:])
+        self.tensors = tuple(t.contiguous() for t in originals) if self.copied else in_place
+
+    @property
+    def vectors(self) -> list[Tensor]:
+        """[n] each."""
+        return self.piece(0, self.originals[0].numel())
+
+    def piece(self, start: int, *shape: int) -> list[Tensor]:
+        """The coordinates from ``start`` on, in one or two dimensions."""
+        return [piece_of(t, start, *shape) for t in self.tensors]
+
+    def write_back(self) -> None:
+        """Must follow the last change of the vectors."""
+        if self.copied:
+            for i, (copy, original) in enumerate(zip(self.tensors, self.originals, strict=True)):
+                if i != 1 and copy is not original:  # all but the gradient
+                    original.copy_(copy)
+
+
+def piece_of(tensor: Tensor, start: int, *shape: int) -> Tensor:
+    """Coordinates of a dense tensor in the order of its memory, from ``start`` on, in one or two dimensions."""
+    stride = (shape[1], 1) if len(shape) == 2 else (1,)
+    return tensor.as_strided(shape, stride, tensor.storage_offset() + start)
+
+
+def _share_order(tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the tensors' memory holds the same coordinates in the same order, without gaps."""
+    return _is_dense(tensors[0]) and all(t.stride() == tensors[0].stride() for t in tensors)
+
+
+def _is_dense(tensor: Tensor) -> bool:
+    """Whether the tensor covers its memory without gaps or overlaps, in some order of its dimensions."""
+    size = 1
+    for stride, length in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if length != 1:
+            if stride != size:
+                return False
+            size *= length
+    return size == math.prod(tensor.shape)

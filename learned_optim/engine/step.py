@@ -1,0 +1,210 @@
+"""The passes of an optimizer's step, composed once for whole and for sharded parameters.
+
+    measure        the sums of every tensor                              bucket by bucket
+    head           from sums to coefficients                             all tensors of some buckets at once
+    apply          directions and new state; moves what is no matrix     bucket by bucket
+    orthogonalize  and move what is a matrix                             equal matrices at once
+
+The passes are those of :func:`learned_optim.rule.update.update`. Sums of a tensor's parts, be they chunks or the shards
+of several processes, add up between the first two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain, groupby
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead, stacked_tensors
+from learned_optim.engine.packing import COPIED, bins, copy_all, limit
+from learned_optim.engine.param_state import ParamIndex, ParamState
+from learned_optim.engine.sharding import Shards
+from learned_optim.rule import update
+from learned_optim.rule.layouts import indices_by
+from learned_optim.rule.orthogonalize import Orthogonalization, orthogonalize
+from learned_optim.rule.types import Coefficients, TensorSums
+
+#: Coordinates of equal matrices that are multiplied as one batch: more of them only leave the processor's cache.
+MULTIPLIED = 1 << 16
+
+
+class Bucket(Protocol):
+    """Some tensors of a step that are run together."""
+
+    params: list[ParamState]
+    copied: int  #: coordinates that it has copied
+
+    def measure(self) -> TensorSums:
+        """The sums of each parameter, [len(params)] each, in float64."""
+        ...
+
+    def apply(self, coefficients: Tensor) -> list[Tensor]:
+        """Write the new state, given the stacked coefficients [C, len(params)].
+
+        Returns:
+            For a bucket of matrices that are orthogonalised their directions, [numel] each in the order of the indices
+            and in the dtype of the arithmetic; the parameters are left as they are. For any other bucket nothing: its
+            parameters have moved.
+        """
+        ...
+
+
+class Backend(Protocol):
+    """How buckets are made and run."""
+
+    @property
+    def name(self) -> str:
+        """What is used, and why."""
+        ...
+
+    @property
+    def head(self) -> TensorHead: ...
+
+    def prepare(self, params: list[ParamState]) -> None:
+        """Hear of all parameters of a step before it."""
+        ...
+
+    def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
+        """All parameters that have coordinates, each in one bucket.
+
+        Buckets are made one by one, as they are wanted. The same parameters give the same buckets again.
+        """
+        ...
+
+
+def run_step(backend: Backend, params: list[ParamState], shards: Sequence[Shards]) -> list[StepRecord]:
+    """Update every parameter and its state in place.
+
+    Args:
+        backend: makes the buckets.
+        params: those that have a gradient.
+        shards: those that are spread over processes, with a gradient or without. All processes must call this.
+    """
+    backend.prepare(params)
+    records: list[StepRecord] = []
+    whole = params
+    for some in shards:
+        here = [p for p in whole if p.param_index in some.shapes]
+        whole = [p for p in whole if p.param_index not in some.shapes]
+        records += _run_shards(backend, here, some)
+    for device, of_device in groupby(backend.buckets(whole), lambda bucket: bucket.params[0].param.device):
+        for buckets in bins(of_device, lambda bucket: bucket.copied, limit(COPIED, device)):
+            records.append(_run_buckets(backend.head, buckets))
+    return records
+
+
+def _run_buckets(head: TensorHead, buckets: list[Bucket]) -> StepRecord:
+    """All passes over whole parameters."""
+    params = list(chain.from_iterable(bucket.params for bucket in buckets))
+    measured = [bucket.measure() for bucket in buckets]
+    sums = measured[0] if len(measured) == 1 else TensorSums(*map(torch.cat, zip(*measured, strict=True)))
+    stacked, record = head(params, sums)
+    most = limit(COPIED, stacked.device)
+    for matrices in bins(_apply(buckets, stacked), lambda matrix: matrix.param.numel, most):
+        record.length_factors.extend(_orthogonalize_and_move(head, matrices))
+    return record
+
+
+def _run_shards(backend: Backend, params: list[ParamState], shards: Shards) -> Iterator[StepRecord]:
+    """All passes over parameters of which every process holds a part: all are measured before one is updated.
+
+    Sums are added up once, whatever has a gradient; every process then adds up each matrix that is orthogonalised, and
+    sees it as a whole. Buckets are made a second time where keeping them would copy more than ``COPIED`` coordinates.
+
+    Args:
+        backend: makes the buckets.
+        params: shards with a gradient; empty ones too, since their per-tensor state is that of the whole parameter.
+        shards: the parameters that may have a gradient.
+    """
+    columns = {index: column for column, index in enumerate(shards.shapes)}
+    sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=shards.device)
+    buckets: list[Bucket] = []
+    order: list[ParamState] = []
+    copied, most = 0, limit(COPIED, shards.device)
+    for bucket in backend.buckets(params):
+        sums[:, [columns[p.param_index] for p in bucket.params]] = torch.stack(bucket.measure())
+        order += bucket.params
+        copied += bucket.copied
+        if copied <= most:
+            buckets.append(bucket)
+    shards.add_up(sums)
+    matrices: dict[ParamIndex, _Matrix] = {}
+    factors: list[LengthFactors] = []
+    if params:
+        order += [p for p in params if p.numel == 0]
+        here = TensorSums(*sums[:, [columns[p.param_index] for p in order]].unbind())
+        stacked, record = backend.head(order, here)
+        again = buckets if copied <= most else backend.buckets(params)
+        matrices = {matrix.param.param_index: matrix for matrix in _apply(again, stacked)}
+        factors = record.length_factors
+        yield record
+    settings = backend.head.config.orthogonalization
+    for index, shape in shards.shapes.items():
+        if (matrix_shape := settings.matrix_shape(shape)) is not None:
+            d = torch.zeros(matrix_shape, dtype=shards.dtypes[index], device=shards.device)
+            factors += _orthogonalize_shard(settings, d, matrices.get(index), shards)
+
+
+class _Matrix(NamedTuple):
+    """A parameter that moves when its update has been orthogonalised."""
+
+    param: ParamState
+    d: Tensor  #: [numel]
+    share: Tensor  #: 0-d, how much of it is orthogonalised
+
+
+def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[_Matrix]:
+    """Apply coefficients [C, K], whose columns are in the order of the buckets; what is still to be orthogonalised."""
+    shares = stacked[Coefficients._fields.index("orthogonal")]
+    begin = 0
+    for bucket in buckets:
+        end = begin + len(bucket.params)
+        if directions := bucket.apply(stacked[:, begin:end]):
+            yield from map(_Matrix, bucket.params, directions, shares[begin:end].unbind())
+        begin = end
+
+
+def _orthogonalize_and_move(head: TensorHead, matrices: list[_Matrix]) -> Iterator[LengthFactors]:
+    """Orthogonalise directions and move the parameters, equal ones at once."""
+    settings = head.config.orthogonalization
+    for indices in indices_by((m.param.param.shape, m.d.dtype, m.param.context) for m in matrices).values():
+        at_once = max(1, limit(MULTIPLIED, matrices[0].d.device) // matrices[indices[0]].param.numel)
+        for start in range(0, len(indices), at_once):
+            params, ds, shares = zip(*(matrices[i] for i in indices[start : start + at_once]), strict=True)
+            d = stacked_tensors(ds).view(len(params), params[0].param.shape[0], -1)
+            d, factors = orthogonalize(settings, d, stacked_tensors(shares).to(d.dtype).view(-1, 1, 1))
+            _move(params, d)
+            yield LengthFactors([p.param_index for p in params], factors.flatten())
+
+
+def _orthogonalize_shard(
+    settings: Orthogonalization, d: Tensor, here: _Matrix | None, shards: Shards
+) -> Iterator[LengthFactors]:
+    """Add up a matrix of all processes, orthogonalise it, and move the part that is here.
+
+    Args:
+        settings: of the policy.
+        d: zeros, [rows, columns] of the whole matrix.
+        here: ``None`` where this process holds nothing of it, or no gradient.
+        shards: adds up.
+    """
+    if here is None:
+        shards.add_up(d)
+        return
+    part = here.d.view(here.param.param.shape[0], -1)
+    (row, column), (rows, width) = here.param.origin, part.shape
+    d[row : row + rows, column : column + width].copy_(part)
+    shards.add_up(d)
+    d, factor = orthogonalize(settings, d, here.share.to(d.dtype))
+    _move([here.param], d[row : row + rows, column : column + width])
+    yield LengthFactors([here.param.param_index], factor.flatten())
+
+
+def _move(params: Sequence[ParamState], d: Tensor) -> None:
+    """Move parameters of one shape, dtype and step along d, [len(params), ...]."""
+    tensors = [p.param.detach() for p in params]
+    before = stacked_tensors(tensors).to(d.dtype)
+    copy_all(tensors, update.move(before, d.reshape(before.shape), params[0].context.scalars).unbind())

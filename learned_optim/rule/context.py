@@ -1,0 +1,114 @@
+"""What the tensor head sees: the context of a tensor, a few numbers once per step.
+
+To add a number, add one entry to :data:`CONTEXT`. Every policy says by name, in its configuration, which of them its
+head sees, in which order, centre and scale: saved policies do not change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from learned_optim.rule.layouts import ShapeContext, TensorShapes, constant_column
+from learned_optim.rule.types import Spread, TensorState, TensorSums
+
+
+class TensorStatistics(NamedTuple):
+    """What a tensor's sums say, in float64, each [K]."""
+
+    means: TensorSums  #: sums over the number of coordinates: mean squares and mean products
+    rms_u: Tensor
+    rms_b: Tensor
+    rms_h: Tensor
+    rms_p: Tensor
+    cosine: Tensor  #: between the gradient and the previous momentum, both over sqrt(v); 0 where either is zero
+
+    @classmethod
+    def of(cls, tensor_shapes: TensorShapes, sums: TensorSums) -> TensorStatistics:
+        """Computed in float64, so that rounding does not depend on which tensors are batched."""
+        stacked = torch.stack(sums).double() / tensor_shapes.numel
+        # The floor keeps the root's derivative finite at zero; it lies far below every threshold further on.
+        roots = TensorSums(*stacked.clamp(min=1e-60).sqrt().unbind())
+        means = TensorSums(*stacked.unbind())
+        tiny = torch.finfo(torch.float32).tiny
+        cosine = means.u_r / (means.u_u * means.r_r).clamp(min=tiny**2).sqrt()
+        return cls(means, roots.u_u, roots.b_b, roots.h_h, roots.p_p, cosine)
+
+
+class ContextInputs(NamedTuple):
+    """What an entry of :data:`CONTEXT` may use; tensors are [K] in float64."""
+
+    one: Tensor
+    step: Spread  #: t >= 1, the number of this update
+    shape: ShapeContext
+    statistics: TensorStatistics
+    state: TensorState  #: with this step's averages of the cosine
+    log_rms_p: Tensor
+    log_rms_b: Tensor
+    log_rms_h: Tensor
+    log_rms_u: Tensor
+
+    @classmethod
+    def of(
+        cls, tensor_shapes: TensorShapes, statistics: TensorStatistics, state: TensorState, step: Spread
+    ) -> ContextInputs:
+        rms = (statistics.rms_p, statistics.rms_b, statistics.rms_h, statistics.rms_u)
+        log_rms = torch.stack(rms).clamp(min=1e-4).log().unbind()
+        shape = ShapeContext(*tensor_shapes.context.unbind())
+        return cls(torch.ones_like(shape.log_numel), step, shape, statistics, state, *log_rms)
+
+
+class ContextFeature(NamedTuple):
+    """One number of the context.
+
+    The head sees ``(value - center) / scale``, clamped, which is to lie mostly within -1 and 1. The configuration of a
+    policy keeps both; what stands here are the values that a new policy starts with.
+    """
+
+    center: float
+    scale: float
+    value: Callable[[ContextInputs], Tensor]  #: [K]
+
+
+def _log_sparsity(c: ContextInputs) -> Tensor:
+    """Mean over rms of the momentum: 0 where all coordinates count alike, very negative where few do."""
+    return (c.statistics.means.abs_b.clamp(min=1e-30) / c.statistics.rms_b).clamp(1e-3, 1.0).log()
+
+
+#: Of this tensor only: a tensor's update does not depend on the tensors beside it.
+CONTEXT: dict[str, ContextFeature] = {
+    "bias": ContextFeature(0.0, 1.0, lambda c: c.one),
+    "log_t": ContextFeature(5.0, 3.0, lambda c: (c.one * c.step).log()),
+    "log_numel": ContextFeature(7.0, 4.0, lambda c: c.shape.log_numel),
+    "is_vector": ContextFeature(0.0, 1.0, lambda c: c.shape.is_vector),
+    "is_convolution": ContextFeature(0.0, 1.0, lambda c: c.shape.is_convolution),
+    "log_fan_ratio": ContextFeature(0.0, 2.0, lambda c: c.shape.log_fan_ratio),
+    "log_rms_p": ContextFeature(-3.0, 2.0, lambda c: c.log_rms_p),
+    "cosine_fast": ContextFeature(0.0, 0.5, lambda c: c.state.cosine_fast),
+    "cosine_slow": ContextFeature(0.0, 0.25, lambda c: c.state.cosine_slow),
+    "log_rms_b": ContextFeature(-1.5, 1.0, lambda c: c.log_rms_b),
+    "log_rms_h": ContextFeature(-2.0, 1.0, lambda c: c.log_rms_h),
+    "log_rms_u": ContextFeature(0.0, 1.0, lambda c: c.log_rms_u),
+    "log_sparsity": ContextFeature(-0.3, 0.5, _log_sparsity),
+}
+
+#: What the head of a new policy sees if its configuration does not say.
+DEFAULT_CONTEXT = (
+    "bias", "log_t", "log_numel", "is_vector", "is_convolution", "log_fan_ratio", "log_rms_p",
+    "cosine_fast", "cosine_slow", "log_rms_b", "log_rms_h", "log_rms_u", "log_sparsity",
+)  # fmt: skip
+
+
+def tensor_context(
+    names: Sequence[str],
+    center: tuple[float, ...],
+    scale: tuple[float, ...],
+    bound: float,
+    inputs: ContextInputs,
+) -> Tensor:
+    """The head's inputs, [len(names), K] in float64, each clamped to [-bound, bound]."""
+    values = torch.stack([CONTEXT[name].value(inputs) for name in names])
+    return ((values - constant_column(center, values)) / constant_column(scale, values)).clamp(-bound, bound)

@@ -1,0 +1,95 @@
+"""A saved optimizer state: whether it fits, and how it arrives as it was saved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, TENSOR_KEYS
+from learned_optim.engine.sharding import is_dtensor
+
+
+class AsSaved:
+    """Hides a value from ``Optimizer.load_state_dict``, which would cast it to the parameter's dtype."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def checked(
+    state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], policy: str, keys: Sequence[str]
+) -> dict[str, Any]:
+    """Check that a saved state fits the optimizer, and wrap its values so that they arrive as they were saved.
+
+    Args:
+        state_dict: what was saved.
+        groups: the optimizer's.
+        policy: its fingerprint and source.
+        keys: names of the state tensors that it keeps.
+
+    Raises:
+        ValueError: it does not fit.
+    """
+    if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= set(state_dict):
+        found = sorted(state_dict) if isinstance(state_dict, Mapping) else type(state_dict).__name__
+        raise ValueError(f"not an optimizer state: expected the keys 'state' and 'param_groups', found {found}")
+    saved_groups = state_dict["param_groups"]
+    for group in saved_groups:
+        saved = group.get("policy")
+        if not isinstance(saved, str):
+            keys = sorted(k for k in group if k not in ("params", "param_names"))
+            raise ValueError(
+                f"this state was not saved by LearnedOptimizer: its parameter groups name no policy (keys {keys}). "
+                "State of AdamW or another optimizer cannot be continued; start with a fresh optimizer"
+            )
+        if saved.split()[0] != policy.split()[0]:
+            raise ValueError(
+                f"this state was made by policy {saved}, the optimizer runs policy {policy}: "
+                "construct LearnedOptimizer with the policy of the checkpoint, or start with a fresh optimizer"
+            )
+    saved_ids = [i for group in saved_groups for i in group["params"]]
+    params = [p for group in groups for p in group["params"]]
+    sizes = ([len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups])
+    if sizes[0] != sizes[1]:
+        raise ValueError(f"the state's parameter groups hold {sizes[0]} parameters, the optimizer's hold {sizes[1]}")
+    needed = ["step", *keys, *TENSOR_KEYS]
+    state = dict(state_dict["state"])
+    for key, p in zip(saved_ids, params, strict=True):
+        values = state.get(key)
+        if not values:
+            continue
+        missing = [name for name in needed if name not in values]
+        if missing:
+            raise ValueError(f"the state of parameter {key!r} lacks {missing}")
+        for name in keys:
+            tensor = values[name]
+            if not isinstance(tensor, Tensor) or tensor.shape != p.shape or tensor.is_complex() != p.is_complex():
+                found = f"{tensor.dtype} of shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor)
+                raise ValueError(
+                    f"the state of parameter {key!r} holds as {name} {found}, "
+                    f"the parameter is {p.dtype} of shape {tuple(p.shape)}"
+                )
+            if is_dtensor(tensor) != is_dtensor(p):
+                kinds = ("a shard", "whole") if is_dtensor(tensor) else ("whole", "sharded (a DTensor)")
+                raise ValueError(
+                    f"the state of parameter {key!r} is {kinds[0]}, the parameter is {kinds[1]}: load it with "
+                    "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which cuts and gathers"
+                )
+        state[key] = {name: AsSaved(value) for name, value in values.items()}
+    return {**state_dict, "state": state}
+
+
+def without_pieces_of_fsdp(saved: dict[str, Any], params: Iterable[Tensor]) -> dict[str, Any]:
+    """What ``Optimizer.state_dict`` returned, with the per-tensor state of classic FSDP's flat pieces set to 0.
+
+    Every process has another one for its piece, which FSDP refuses to save.
+    """
+    for key, p in enumerate(params):
+        if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
+            values = saved["state"][key]
+            own = [name for name in values if name in GUARDED_TENSOR_KEYS]
+            saved["state"][key] = {**values, **{name: torch.zeros_like(values[name]) for name in own}}
+    return saved

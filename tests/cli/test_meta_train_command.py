@@ -1,0 +1,177 @@
+"""``learned-optim meta-train`` and ``learned-optim plot``: help, mistakes, resuming, signals, the picture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from helpers import ROOT
+from helpers.command_line import failure, run_command
+from learned_optim import LearnedOptimizer, Policy
+from learned_optim.cli import main
+from learned_optim.meta_train import MetaTrainConfig
+from learned_optim.meta_train.checkpoint import read_metrics
+
+SMALL = (
+    "--tasks", "noisy_quadratic", "--max-length", "6", "--meta-batch", "1", "--validate-every", "0",
+    "--backend", "eager",
+)  # fmt: skip
+
+
+def meta_train(*arguments: object) -> int:
+    return main(["meta-train", *SMALL, *map(str, arguments)])
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "final" / "model.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("command", ["meta-train", "plot"])
+def test_help_is_quick(command: str) -> None:
+    took = []
+    for _ in range(3):
+        before = children_seconds()
+        done = run_command(command, "--help")
+        took.append(children_seconds() - before)
+        assert done.returncode == 0, done.stderr
+    assert f"usage: learned-optim {command}" in done.stdout
+    assert min(took) < 0.6
+
+
+def children_seconds() -> float:
+    """Processor time of finished child processes: what they take on a free core, however busy this one is."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_help_names_every_setting() -> None:
+    shown = run_command("meta-train", "--help").stdout
+    for name in MetaTrainConfig().to_dict():
+        assert "--" + {"start": "from"}.get(name, name).replace("_", "-") in shown, name
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--sigm", "1"], r"meta-train: unknown option '--sigm', did you mean '--sigma'\?; see .*"),
+    (["--estimator", "backprob"], "meta-train: .*backprob.*'backprop'.*"),
+    (["--outer-steps", "many"], "meta-train: .*--outer-steps.*"),
+    (["--tasks", "noisy_quadratics"], r"meta-train: unknown task family 'noisy_quadratics'; "
+                                      r"did you mean 'noisy_quadratic'\?"),
+    (["--validation-tasks", "val_vae_leters"], r"meta-train: .*did you mean 'val_vae_letters'\?"),
+])  # fmt: skip
+def test_a_misspelt_option_or_task_is_one_line_with_the_nearest_match(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = failure(capsys, "meta-train", "--out", str(tmp_path / "run"), *arguments, status=2)
+    assert re.fullmatch(f"learned-optim: {message}\n", printed)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("arguments", "message"), [
+    (["--sigma", "0"], "MetaTrainConfig.sigma must be positive, found 0.0"),
+    (["--from", "nope"], "unknown policy 'nope': .*"),
+    (["--meta-optimizer", "Adom"], "unknown meta_optimizer 'Adom'; known are .*"),
+    (["--settings", "missing.toml"], "no such settings file: missing.toml"),
+])  # fmt: skip
+def test_settings_that_do_not_work_are_one_line(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    printed = failure(capsys, "meta-train", "--out", str(tmp_path / "run"), *SMALL, *arguments, status=1)
+    assert re.fullmatch(f"learned-optim: {message}\n", printed)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_refused_without_resume_and_continued_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert meta_train("--out", tmp_path / "a", "--outer-steps", 2) == 0
+    printed = capsys.readouterr().out
+    assert "2 of 2 outer steps" in printed
+    LearnedOptimizer([Policy().head], policy=str(tmp_path / "a" / "best"))  # as the last line says
+    assert f'policy="{tmp_path / "a" / "best"}"' in printed
+    before = weights(tmp_path / "a")
+    assert meta_train("--out", tmp_path / "a", "--outer-steps", 4) == 1
+    assert "already holds a run: continue it with --resume" in capsys.readouterr().err
+    assert weights(tmp_path / "a") == before
+    assert meta_train("--out", tmp_path / "a", "--outer-steps", 4, "--resume") == 0
+    assert [m["outer_step"] for m in read_metrics(tmp_path / "a")] == [0, 1, 2, 3]
+    # Nothing to resume: it begins.
+    assert meta_train("--out", tmp_path / "b", "--outer-steps", 4, "--resume") == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_from_starts_at_another_policy(tmp_path: Path) -> None:
+    assert meta_train("--out", tmp_path / "a", "--outer-steps", 2) == 0
+    start = tmp_path / "a" / "final"
+    assert meta_train("--out", tmp_path / "b", "--outer-steps", 1, "--meta-lr", 0, "--from", start) == 0
+    assert weights(tmp_path / "b") == weights(tmp_path / "a")
+
+
+@pytest.mark.parametrize("form", ["toml", "json"])
+def test_settings_come_from_a_file_and_options_win_over_it(form: str, tmp_path: Path) -> None:
+    config = MetaTrainConfig(
+        tasks=("noisy_quadratic",), max_length=6, meta_batch=1, validate_every=0, outer_steps=5, estimator="pes",
+        parts=("tensor_head",),
+    )  # fmt: skip
+    file = tmp_path / f"settings.{form}"
+    file.write_text(config.to_toml() if form == "toml" else json.dumps(config.to_dict()))
+    assert main(["meta-train", "--out", str(tmp_path / "run"), "--settings", str(file), "--outer-steps", "2"]) == 0
+    used = MetaTrainConfig.from_file(tmp_path / "run" / "config.toml")
+    assert config.differences(used) == ["outer_steps: 5 -> 2"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_command_with_its_status_and_a_folder_to_resume(
+    number: int, status: int, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-W", "error", "-m", "learned_optim", "meta-train", "--out", str(tmp_path / "a"), *SMALL]
+    process = subprocess.Popen(
+        [*command, "--outer-steps", "100000"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    metrics = tmp_path / "a" / "metrics.jsonl"
+    for _ in range(600):
+        if process.poll() is not None or (metrics.exists() and metrics.stat().st_size > 0):
+            break
+        time.sleep(0.1)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, err) == (status, "")
+    assert "stopped by a signal; continue with --resume" in out
+    done = len(read_metrics(tmp_path / "a"))
+    assert done > 0
+    assert meta_train("--out", tmp_path / "a", "--outer-steps", done + 1, "--resume") == 0
+    assert meta_train("--out", tmp_path / "b", "--outer-steps", done + 1) == 0
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+def test_plot_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "run"
+    options = ("--validate-every", "2", "--validation-tasks", "tiny_mlp", "--validation-length", "5")
+    assert meta_train("--out", folder, "--outer-steps", 4, *options) == 0
+    capsys.readouterr()
+    assert main(["plot", str(folder)]) == 0
+    assert capsys.readouterr().out == f"{folder / 'curves.png'}\n"
+    assert main(["plot", str(folder), "--out", str(tmp_path / "other.png")]) == 0
+    for picture in (folder / "curves.png", tmp_path / "other.png"):
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.stat().st_size > 10_000
+
+
+def test_plot_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "holds no run" in failure(capsys, "plot", str(tmp_path), status=1)
+    (tmp_path / "metrics.jsonl").write_text("")
+    assert "nothing to draw" in failure(capsys, "plot", str(tmp_path), status=1)
+
+
+def test_a_misspelt_required_option_is_called_misspelt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    printed = failure(capsys, "meta-train", "--otu", str(tmp_path), status=2)
+    assert printed.startswith("learned-optim: meta-train: unknown option '--otu', did you mean '--out'?; see")

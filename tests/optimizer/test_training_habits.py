@@ -1,0 +1,101 @@
+"""What people do around an optimizer: frozen backbones, layer-wise learning rates, averages, compiled models."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from helpers.support import assert_same_bits, assert_same_state, make, regression, train
+
+
+class LowRank(nn.Module):
+    """A frozen layer and a trained difference of low rank, whose second factor begins at zero."""
+
+    def __init__(self, layer, rank=2):
+        super().__init__()
+        self.layer = layer.requires_grad_(False)
+        self.a = nn.Parameter(torch.randn(rank, layer.in_features) / layer.in_features**0.5)
+        self.b = nn.Parameter(torch.zeros(layer.out_features, rank))
+
+    def forward(self, x):
+        return self.layer(x) + x @ self.a.T @ self.b.T
+
+
+def test_a_frozen_backbone_stays_and_its_low_rank_difference_trains():
+    model, loss = regression()
+    model[0], model[2] = LowRank(model[0]), LowRank(model[2])
+    optimizer = make(model.named_parameters(), lr=0.01)  # frozen parameters among them
+    frozen = [p.detach().clone() for p in model.parameters() if not p.requires_grad]
+    losses = train(model, loss, optimizer, 40)
+    assert losses[-1] < losses[0]
+    assert_same_bits([p for p in model.parameters() if not p.requires_grad], frozen)
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert list(optimizer.diagnostics()) == trained
+    assert len(optimizer.state) == len(trained)
+
+
+def test_another_process_of_adapters_resumes_without_state_of_the_backbone():
+    runs = []
+    for stop in (None, 3):
+        torch.manual_seed(1)
+        model, loss = regression()
+        model[0] = LowRank(model[0])
+        optimizer = make(model.parameters(), lr=0.01)
+        if stop:
+            train(model, loss, optimizer, stop)
+            saved = optimizer.state_dict()
+            optimizer = make(model.parameters(), lr=0.01)
+            optimizer.load_state_dict(saved)
+        train(model, loss, optimizer, 6 - (stop or 0))
+        runs.append((list(model.parameters()), optimizer))
+    assert_same_bits(runs[0][0], runs[1][0])
+    assert_same_state(runs[0][1], runs[1][1])
+
+
+def test_an_external_writer_of_layer_wise_learning_rates_is_followed():
+    """As timm's schedulers write: lr times the group's own lr_scale, before every step."""
+
+    def groups(model):
+        return [{"params": layer.parameters(), "lr_scale": 0.5**i} for i, layer in enumerate((model[2], model[0]))]
+
+    model, loss = regression()
+    other, other_loss = regression()
+    optimizer = make(groups(model))
+    by_hand = make([{"params": group["params"]} for group in groups(other)])
+    for step in range(8):
+        for group, mine, scale in zip(optimizer.param_groups, by_hand.param_groups, (1.0, 0.5), strict=True):
+            group["lr"] = 0.01 * group["lr_scale"] / (step + 1)
+            mine["lr"] = 0.01 * scale / (step + 1)
+        train(model, loss, optimizer, 1)
+        train(other, other_loss, by_hand, 1)
+    assert_same_bits(list(model.parameters()), list(other.parameters()))
+    assert [group["lr_scale"] for group in optimizer.state_dict()["param_groups"]] == [1.0, 0.5]
+
+
+def test_an_exponential_average_of_the_model_changes_nothing_and_resumes():
+    model, loss = regression()
+    plain, plain_loss = regression()
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.9))
+    optimizer = make(model.parameters(), lr=0.01)
+    before = loss().item()
+    for _ in range(30):
+        train(model, loss, optimizer, 1)
+        average.update_parameters(model)
+    train(plain, plain_loss, make(plain.parameters(), lr=0.01), 30)
+    assert_same_bits(list(model.parameters()), list(plain.parameters()))
+    assert sum((p - q).abs().sum() for p, q in zip(average.module.parameters(), model.parameters(), strict=True)) > 0
+    x = torch.randn(4, 6)
+    assert bool(average(x).isfinite().all())
+    assert loss().item() < before
+
+
+def test_a_compiled_model_is_trained_as_the_plain_one():
+    model, _ = regression()
+    plain, _ = regression()
+    compiled = torch.compile(model, backend="eager")
+    x, y = torch.randn(32, 6), torch.randn(32, 1)
+    for net, forward in ((model, compiled), (plain, plain)):
+        optimizer = make(net.named_parameters(), lr=0.01)
+        train(net, lambda forward=forward: nn.functional.mse_loss(forward(x), y), optimizer, 5)
+    assert_same_bits(list(model.parameters()), list(plain.parameters()))

@@ -1,0 +1,297 @@
+"""What the optimizer does on a GPU: agreement with the CPU, launches, nanoseconds per parameter, memory.
+
+    python tools/measure_gpu.py --out docs/gpu.json          # and docs/gpu.md
+
+Says nothing where there is no GPU. A section that fails is recorded, with its traceback, and the next one goes on;
+the files are written after every section.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import copy
+import gc
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without installation
+
+import torch
+from torch import Tensor
+
+from learned_optim import LearnedOptimizer
+from learned_optim.bench import step as bench
+
+#: 0-d, empty, tiny, rows of the kernels and rests of them, a convolution, a matrix that is run where it lies.
+SHAPES = [(), (0,), (3,), (512,), (1541,), (40, 130), (8, 3, 3, 3), (256, 1024), (1100, 1031)]
+#: Optimizer of each way to run it, its device left open.
+WAYS = {"eager on the CPU": "eager", "eager on the GPU": "eager", "compiled on the GPU": "compiled"}
+#: Optimizers of which more than their time is told.
+SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", bench.ORTHOGONAL)
+#: What the profiler shows as events on the GPU that are none.
+ANNOTATIONS = ("Optimizer.step", "Torch-Compiled Region", "## Call CompiledFxGraph", "ProfilerStep")
+FIRST_STEP = """
+import sys, time, torch
+from learned_optim import LearnedOptimizer
+from learned_optim.bench.step import _prepared
+opt, _ = _prepared([(300, 300)] * 3, lambda ps: LearnedOptimizer(ps, backend="compiled"), sys.argv[1])
+start = time.perf_counter()
+opt.step()
+if sys.argv[1] == "cuda":
+    torch.cuda.synchronize()
+print(time.perf_counter() - start, opt.backend, sep="|")
+"""
+
+
+class Run(NamedTuple):
+    device: str
+    sizes: Sequence[int]  #: parameters of the single tensors
+    repeats: int
+    gpt: dict[str, int]  #: arguments of the GPT whose tensors are used
+    batch: int
+    length: int
+
+    def wait(self) -> None:
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+
+    def shapes(self) -> list[torch.Size]:
+        return [p.shape for p in bench.Gpt(**self.gpt).parameters()]
+
+
+def environment(run: Run) -> dict[str, Any]:
+    card = torch.cuda.get_device_name() if run.device == "cuda" else "none"
+    return {"card": card, "torch": torch.__version__, "cuda": str(torch.version.cuda), "python": sys.version.split()[0]}
+
+
+def _parameters(dtype: torch.dtype, device: str) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [(0.1 * torch.randn(s, generator=generator)).to(device, dtype).requires_grad_() for s in SHAPES]
+
+
+def _steps(optimizer: Any, params: list[Tensor], first: int, last: int, broken: int | None = None) -> None:
+    for step in range(first, last):
+        generator = torch.Generator().manual_seed(1000 + step)
+        for i, p in enumerate(params):
+            p.grad = (1e-2 * torch.randn(p.shape, generator=generator)).to(p)
+            if i == broken:
+                p.grad.view(-1)[-1] = float("nan")
+        optimizer.step()
+
+
+def _difference(some: list[Tensor], others: list[Tensor]) -> float:
+    pairs = [[t.detach().cpu().double() for t in pair] for pair in zip(some, others, strict=True)]
+    return float(torch.stack([(a - b).abs().max() for a, b in pairs if a.numel()]).max())
+
+
+def agreement(run: Run) -> dict[str, Any]:
+    """Largest differences of parameters after 10 steps, whose updates add up to some 0.01."""
+    figures: dict[str, Any] = {}
+    options = [(torch.float32, {}), (torch.bfloat16, {}), (torch.float16, {}), (torch.float32, {"safeguard": True}),
+               (torch.float32, {"state_dtype": torch.bfloat16})]  # fmt: skip
+    for dtype, more in options:
+        ends: dict[str, list[Tensor]] = {}
+        for way, backend in WAYS.items():
+            params = ends[way] = _parameters(dtype, "cpu" if way.endswith("CPU") else run.device)
+            optimizer = LearnedOptimizer(params, backend=backend, **more)
+            _steps(optimizer, params, 0, 10)
+            figures[f"how it ran {way}"] = optimizer.backend
+        reference, eager, compiled = ends.values()
+        what = " ".join(map(str, (dtype, *more)))
+        figures[f"{what}: eager, GPU - CPU"] = _difference(eager, reference)
+        figures[f"{what}: GPU, compiled - eager"] = _difference(compiled, eager)
+        again = _parameters(dtype, run.device)
+        make = partial(LearnedOptimizer, again, backend=WAYS["compiled on the GPU"], **more)
+        optimizer = make()
+        _steps(optimizer, again, 0, 5)
+        saved = copy.deepcopy(optimizer.state_dict())
+        optimizer = make()
+        optimizer.load_state_dict(saved)
+        _steps(optimizer, again, 5, 10)
+        figures[f"{what}: compiled, stopped and resumed - straight"] = _difference(again, compiled)
+    for first, second in (("eager on the CPU", "compiled on the GPU"), ("compiled on the GPU", "eager on the CPU")):
+        devices = ["cpu" if way.endswith("CPU") else run.device for way in (first, second)]
+        params = _parameters(torch.float32, devices[0])
+        optimizer = LearnedOptimizer(params, backend=WAYS[first])
+        _steps(optimizer, params, 0, 5)
+        moved = [p.detach().to(devices[1], copy=True).requires_grad_() for p in params]
+        resumed = LearnedOptimizer(moved, backend=WAYS[second])
+        resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+        _steps(resumed, moved, 5, 10)
+        straight = _parameters(torch.float32, "cpu")
+        _steps(LearnedOptimizer(straight, backend="eager"), straight, 0, 10)
+        figures[f"checkpoint from {first} to {second} - straight"] = _difference(moved, straight)
+    for way, backend in list(WAYS.items())[1:]:
+        clean, dirty = _parameters(torch.float32, run.device), _parameters(torch.float32, run.device)
+        _steps(LearnedOptimizer(clean, backend=backend), clean, 0, 2)
+        _steps(LearnedOptimizer(dirty, backend=backend), dirty, 0, 2, broken=5)
+        figures[f"{way}: NaN in one tensor, others differ by"] = _difference(
+            dirty[:5] + dirty[6:], clean[:5] + clean[6:]
+        )
+        figures[f"{way}: NaN in one tensor, it is hurt"] = bool(dirty[5].isnan().any())
+    return figures
+
+
+def first_step(run: Run) -> dict[str, Any]:
+    """Seconds of the first compiled step in a new process, with an empty cache folder and with a filled one."""
+    figures: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": folder, "TRITON_CACHE_DIR": f"{folder}/triton"}
+        env["PYTHONPATH"] = str(Path(__file__).resolve().parents[1])
+        for cache in ("empty", "filled"):
+            command = [sys.executable, "-c", FIRST_STEP, run.device]
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+            if done.returncode:
+                raise RuntimeError(done.stderr[-3000:])
+            seconds, figures["backend"] = done.stdout.strip().split("|")
+            figures[f"seconds, {cache} cache"] = float(seconds)
+    return figures
+
+
+def _choose(*names: str) -> dict[str, Callable]:
+    every = bench.contenders([torch.empty(8, 8)])
+    return {name: every[name] for name in names if name in every}
+
+
+def launches(run: Run) -> dict[str, Any]:
+    """Of one step of the GPT's tensors: kernels and copies on the GPU, time there, time until ``step`` returns."""
+    from torch.profiler import ProfilerActivity, profile
+
+    figures: dict[str, Any] = {}
+    for name, make in _choose(*SHOWN).items():
+        optimizer, _ = bench._prepared(run.shapes(), make, run.device)
+        for _ in range(3):
+            optimizer.step()
+        host = []
+        for _ in range(run.repeats):
+            run.wait()
+            start = time.perf_counter()
+            optimizer.step()
+            host.append(time.perf_counter() - start)
+        run.wait()
+        on_gpu = run.device == "cuda"
+        with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as seen:
+            optimizer.step()
+            run.wait()
+        of_gpu = [e for e in seen.events() if (e.device_type == torch.autograd.DeviceType.CUDA) == on_gpu]
+        events = [e for e in of_gpu if not (getattr(e, "is_user_annotation", False) or e.name.startswith(ANNOTATIONS))]
+        longest: dict[str, list[float]] = {}
+        for event in events:
+            of = longest.setdefault(event.name[:80], [0, 0.0])
+            of[0] += 1
+            of[1] += event.device_time_total / 1e3
+        waits = sum(e.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for e in seen.events())
+        figures[name] = {
+            "launches": len(events), "waits": waits, "host ms": sorted(host)[len(host) // 2] * 1e3,
+            "GPU ms": sum(ms for _, ms in longest.values()),
+            "longest": dict(sorted(longest.items(), key=lambda item: -item[1][1])[:12]),
+        }  # fmt: skip
+        del optimizer, _
+    return figures
+
+
+def _case(shapes: Callable[[Run], Any]) -> Callable[[Run], Any]:
+    return lambda run: bench.steps(shapes(run), run.repeats, run.device)
+
+
+def training(run: Run) -> dict[str, Any]:
+    return bench.training_steps(run.repeats, run.device, run.batch, run.length, SHOWN)
+
+
+def memory(run: Run) -> dict[str, Any]:
+    """Bytes allocated at most during a step beyond those before it, over the bytes of the state."""
+    figures: dict[str, Any] = {}
+    for what, shapes in (("one tensor", [bench._matrix(run.sizes[-1])]), ("the GPT's tensors", run.shapes())):
+        for name, make in _choose(*SHOWN).items():
+            optimizer, params = bench._prepared(shapes, make, run.device)
+            for _ in range(2):
+                optimizer.step()
+            row = figures[f"{what}: {name}"] = {"state MB": bench._state_bytes(optimizer) / 1e6}
+            if run.device == "cuda":
+                run.wait()
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+                optimizer.step()
+                run.wait()
+                row["MB besides"] = (torch.cuda.max_memory_allocated() - before) / 1e6
+                row["besides / state"] = row["MB besides"] / row["state MB"]
+            del optimizer, params
+    return figures
+
+
+def sections(run: Run) -> dict[str, Callable[[Run], Any]]:
+    by_title = {"environment": environment, "agreement": agreement, "first step": first_step, "launches": launches}
+    by_title["steps, the GPT's tensors"] = _case(lambda run: run.shapes())
+    for number, size in enumerate(run.sizes):
+        by_title[f"steps, one tensor of {size:,}"] = _case(lambda run, n=number: [bench._matrix(run.sizes[n])])
+    return {**by_title, "training steps": training, "memory": memory}
+
+
+def markdown(results: dict[str, Any]) -> str:
+    about = "Made by `python tools/measure_gpu.py`. Steps in ns per parameter, training steps in ms."
+    lines = ["# On a GPU", "", about]
+    for title, section in results.items():
+        rows = section.get("result", {"failed": section.get("error", "").strip().splitlines()[-1:]})
+        lines += ["", f"## {title} ({section['seconds']:.0f} s)", "", "|  |  |", "| --- | --- |"]
+        for key, value in {**rows, **rows.get("optimizers", {})}.items():
+            if key not in ("optimizers", "longest"):
+                lines.append(f"| {key} | {_cell(value)} |")
+        lines += [f"| warning | {text} |" for text in section.get("warnings", [])]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_cell(x)}" for key, x in value.items() if key != "longest")
+    return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default="gpu.json", help="JSON; the table is written beside it")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # "cpu" tries the script itself, in small
+    parser.add_argument("--only", nargs="*", help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.device == "cuda" and not torch.cuda.is_available():
+        return
+    run = Run(given.device, (10**6, 10**7, 10**8), given.repeats, {}, 8, 256)
+    if given.device == "cpu":
+        run = Run("cpu", (1000, 3000), given.repeats, {"width": 8, "vocabulary": 50, "length": 8}, 1, 4)
+    out = Path(given.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    results: dict[str, Any] = {}
+    for title, section in sections(run).items():
+        if given.only and not title.startswith(tuple(given.only)):
+            continue
+        start = time.perf_counter()
+        row = results[title] = {}
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("default")
+            try:
+                row["result"] = section(run)
+            except Exception:
+                row["error"] = traceback.format_exc()
+        row["seconds"] = time.perf_counter() - start
+        row["warnings"] = sorted({str(w.message)[:500] for w in said})
+        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        print(f"{title}: {row['seconds']:.1f} s{', FAILED' if 'error' in row else ''}", flush=True)
+        gc.collect()
+        with contextlib.suppress(Exception):
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
