@@ -84,9 +84,9 @@ def page(results: dict[str, Any]) -> str:
     rows = results["tasks"]
     lines = [
         "# With and without the safeguard", "",
-        f"`LearnedOptimizer(params, lr, safeguard=True)` and without it, policy `{results['policy']}`, against AdamW at "
-        f"the same learning rate: {len(rows)} small tasks, {results['steps']} steps each, {results['seeds']} seeds of "
-        f"{len(KINDS)} kinds, most of them built to break an update rule, a quarter with learning rates of 0.03 to "
+        f"`LearnedOptimizer(params, lr, safeguard=True)` and without it, policy `{results['policy']}`, against AdamW "
+        f"at the same learning rate: {len(rows)} small tasks, {results['steps']} steps each, {results['seeds']} seeds "
+        f"of {len(KINDS)} kinds, most of them built to break an update rule, a quarter with learning rates of 0.03 to "
         "0.3. Losses at the end over AdamW's: geometric mean, worst case, and how many are more than 10% above. "
         "`python tools/measure_safeguard.py` makes this page.", "",
         "![losses over AdamW's](safeguard.png)", "",

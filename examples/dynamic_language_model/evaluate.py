@@ -259,10 +259,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     def tuned(name: str, begin: Method) -> Method:
         memory = begin.kind != "learned" and CHOICE[name] != "lstm"
-        tuned = cached(
+        stored = cached(
             args.out / f"tuned_{name}.pt", lambda: _as_plain(*tune(begin, functools.partial(loss, name), memory))
         )
-        return dataclasses.replace(begin, **tuned["settings"])
+        return dataclasses.replace(begin, **stored["settings"])
 
     clock("baselines, on validation articles")
     methods = {"forgetful": Method("forgetful"), "static": Method("static")}

@@ -89,11 +89,11 @@ def color(difference: float) -> str:
 
 def text_picture(title: str, words: Sequence[str], differences: Sequence[float], columns: int = 120) -> Figure:
     """The article's words on a ground of their colours."""
-    places, row, column = [], 0, 0
+    cells, row, column = [], 0, 0
     for word in words:
         if column + len(word) > columns:
             row, column = row + 1, 0
-        places.append((row, column))
+        cells.append((row, column))
         column += len(word) + 1
     rows = row + 1
     height = LINE * rows + 0.85
@@ -105,7 +105,7 @@ def text_picture(title: str, words: Sequence[str], differences: Sequence[float],
     for x, value, said in ((0, -FULL, "easier than for the static model"), (44, FULL, "harder")):
         axes.add_patch(Rectangle((x, -2.6), 4, 1, color=color(value), lw=0))
         axes.text(x + 5, -2.1, said, fontsize=10, va="center")
-    for word, difference, (r, c) in zip(words, differences, places, strict=True):
+    for word, difference, (r, c) in zip(words, differences, cells, strict=True):
         axes.add_patch(Rectangle((c, r - 0.5), len(word), 1, color=color(difference), lw=0))
         axes.text(c, r, word, fontsize=9.3, family="monospace", va="center_baseline", parse_math=False)
     return figure

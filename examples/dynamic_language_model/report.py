@@ -102,8 +102,8 @@ def markdown(results: dict[str, Any]) -> str:
         better = f"{comparison['articles_better']} of {results['articles']}"
         rows += [
             "", f"Gain of the learned adapter in the last quarter over that of *{NAMES[comparison['reference']]}*: "
-            f"{comparison['last_quarter_ratio']:.2f} ({low:.2f} to {high:.2f}). Its loss is lower on {better} articles; the "
-            f"paired difference in nats per word is {_differences(comparison)}.",
+            f"{comparison['last_quarter_ratio']:.2f} ({low:.2f} to {high:.2f}). Its loss is lower on {better} "
+            f"articles; the paired difference in nats per word is {_differences(comparison)}.",
         ]  # fmt: skip
     return "\n".join(rows)
 

@@ -187,7 +187,7 @@ class _Handler(BaseHTTPRequestHandler):
     def commit(self, repo: str, revision: str) -> None:
         if not (repository := self._open(repo, write=True)):
             return None
-        if not found.find(revision):
+        if not repository.find(revision):
             return self._error(404, "RevisionNotFound", f"Invalid rev id: {revision}")
         files: dict[str, bytes | None] = {}
         for line in self.body.splitlines():
