@@ -14,7 +14,7 @@ help:
 	@echo 'make test     run the tests'
 	@echo 'make test-clients  the tests with transformers, accelerate and Lightning'
 	@echo 'make check    lint, format and types'
-	@echo 'make results  measure again what README.md shows'
+	@echo 'make results  measure again what README.md and docs/ show'
 	@echo 'make soak     half an hour of faults and interruptions (SOAK_MINUTES=30), writes docs/reliability.md'
 	@echo 'make reliability  plant faults in a copy and see that the tests notice, writes docs/reliability.md'
 	@echo 'make clean    remove .venv and everything generated'
@@ -37,6 +37,7 @@ results: $(VENV)/.demo
 	$(PY) examples/demo.py --out docs --json docs/results/demo.json --tuned
 	$(PY) -m learned_optim bench --suite step --threads 2 --out docs/step
 	$(PY) tools/measure_limits.py docs/results/limits.json
+	$(PY) tools/measure_iteration.py docs/results/iteration.json
 	$(PY) tools/readme_tables.py
 
 soak: $(VENV)/.test

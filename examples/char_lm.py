@@ -1,4 +1,4 @@
-"""A small character model of this repository's README, trained by AdamW and by LearnedOptimizer.
+"""A small character model of this repository's documents, trained by AdamW and by LearnedOptimizer.
 
     python examples/char_lm.py --steps 300
 
@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from learned_optim import LearnedOptimizer
 
-TEXT = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(p.read_text(encoding="utf-8") for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))))
 LETTERS = sorted(set(TEXT))
 DATA = torch.tensor([LETTERS.index(letter) for letter in TEXT])
 

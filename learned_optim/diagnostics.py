@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,17 +10,21 @@ from torch import Tensor
 
 from learned_optim.engine.head import StepRecord
 from learned_optim.engine.param_state import ParamIndex
+from learned_optim.engine.step import StepReport
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.types import Coefficients
 
 
 def figures_by_parameter(
-    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], records: Iterable[StepRecord]
+    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], report: StepReport
 ) -> dict[str, dict[str, float]]:
     """See :meth:`learned_optim.LearnedOptimizer.diagnostics`."""
+    factors: dict[ParamIndex, float] = {}
+    for params, changed in report.length_factors:
+        factors |= dict(zip(params, changed.tolist(), strict=True))
     rows: dict[ParamIndex, dict[str, float]] = {}
-    for record in records:
-        figures = _figures(config, record)
+    for record in report.records:
+        figures = _figures(config, record, [factors.get(index, 1.0) for index in record.params])
         table = torch.stack(list(figures.values())).T.tolist()  # one transfer from the device
         rows |= {index: dict(zip(figures, row, strict=True)) for index, row in zip(record.params, table, strict=True)}
     return {_name(groups, index): rows[index] for index in sorted(rows)}
@@ -32,19 +36,20 @@ def _name(groups: Sequence[Mapping[str, Any]], param_index: ParamIndex) -> str:
     return names[index] if names else f"{group}.{index}"
 
 
-def _figures(config: PolicyConfig, record: StepRecord) -> dict[str, Tensor]:
-    """[K] each."""
+def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[float]) -> dict[str, Tensor]:
+    """[K] each; ``length_factors`` is what orthogonalising multiplied the lengths of updates by."""
     count = len(record.params)
     numel = record.numel[:count]
     state = record.tensor_state
-    step, lr, beta1 = numel.new_tensor([(t, h.lr, h.beta1) for t, h in zip(record.steps, record.hypers, strict=True)]).T
+    step, lr, beta1 = numel.new_tensor([(c.step, c.hyper.lr, c.hyper.beta1) for c in record.contexts]).T
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
     coeff: Any = Coefficients.of_rows(record.coefficients.unbind(), len(config.hidden_weights))
     weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])
     gates = [torch.maximum(rate, 1.0 / step).clamp(max=1.0) for rate in coeff.rates]
     of_momentum = (1.0 - beta1) / (1.0 - beta1**step)
     all_gates = torch.stack([of_momentum, torch.ones_like(step), *gates])
-    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.caution_factor) * _length_factors(record)
+    update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.caution_factor)
+    update = update * numel.new_tensor(length_factors)
     size = weights.sum(0)
     names = ["momentum", "gradient", *(f"hidden_{j}" for j in range(len(coeff.hidden)))]
     return {
@@ -67,15 +72,6 @@ def _figures(config: PolicyConfig, record: StepRecord) -> dict[str, Tensor]:
         **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
         **({} if state.trust is None else {"trust": state.trust[:count]}),
     }
-
-
-def _length_factors(record: StepRecord) -> Tensor:
-    """What orthogonalising multiplied the lengths of updates by, [K]: 1 where it was not done."""
-    position = {index: i for i, index in enumerate(record.params)}
-    all_factors = torch.ones(len(position), dtype=record.numel.dtype, device=record.numel.device)
-    for params, factors in record.length_factors:
-        all_factors[[position[index] for index in params]] = factors.to(all_factors)
-    return all_factors
 
 
 def _update_rms(weights: Tensor, gates: Tensor, u_u: Tensor, b_b: Tensor, h_h: Tensor, keep: Tensor) -> Tensor:

@@ -13,11 +13,10 @@ from torch.optim import Optimizer
 
 from learned_optim.diagnostics import figures_by_parameter
 from learned_optim.engine.auto import make_backend
-from learned_optim.engine.head import StepRecord
 from learned_optim.engine.hyperparameters import StepContext, check_group, hyperparameters
 from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, TENSOR_KEYS, ParamIndex, ParamState, arithmetic_dtype
 from learned_optim.engine.sharding import find_shards, origin
-from learned_optim.engine.step import Backend, run_step
+from learned_optim.engine.step import Backend, StepReport, run_step
 from learned_optim.policy.policy import Policy
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.types import Hyperparameters
@@ -124,7 +123,7 @@ class LearnedOptimizer(Optimizer):
         self.state_dtype = state_dtype
         self._backend_name = backend
         self._backend = self._make_backend()
-        self._records: list[StepRecord] = []  # of the last step
+        self._report = StepReport([], [])  # of the last step
         self._params: dict[ParamIndex, ParamState] = {}  # of the last steps
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -178,7 +177,7 @@ class LearnedOptimizer(Optimizer):
             >>> sorted(opt.diagnostics())
             ['bias', 'weight']
         """
-        return figures_by_parameter(self.policy.config, self.param_groups, self._records)
+        return figures_by_parameter(self.policy.config, self.param_groups, self._report)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
@@ -216,7 +215,7 @@ class LearnedOptimizer(Optimizer):
                     )
         shards = find_shards(self.param_groups)
         params = self._with_gradients()
-        self._records = run_step(self._backend, params, shards)
+        self._report = run_step(self._backend, params, shards)
         for p in params:
             p.release_grad()
         return loss
@@ -298,7 +297,7 @@ class LearnedOptimizer(Optimizer):
                 if isinstance(value, AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
-        self._records, self._params = [], {}
+        self._report, self._params = StepReport([], []), {}
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:

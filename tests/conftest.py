@@ -1,7 +1,10 @@
-"""One thread (the machine's cores are shared by parallel tests) and settings of hypothesis that leave no files."""
+"""One thread (the machine's cores are shared by parallel tests), settings of hypothesis that leave no files, and one
+folder of compiled kernels for all tests, their processes and later runs: what has not changed is compiled once.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 
@@ -15,6 +18,10 @@ set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "learned-optim-hypothesis"
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=20)
 hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)
+if "XDG_CACHE_HOME" not in os.environ:
+    cache = Path(tempfile.gettempdir()) / f"learned-optim-tests-{os.getuid()}"
+    cache.mkdir(mode=0o700, exist_ok=True)
+    os.environ["XDG_CACHE_HOME"] = str(cache)
 
 
 @pytest.fixture(autouse=True)

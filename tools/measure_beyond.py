@@ -72,7 +72,7 @@ TASKS: dict[str, Callable[[str], Task]] = {
 
 
 def measure(policy: str, cache: Path | None, max_length: int = 0) -> dict[str, Any]:
-    """Figures and README.md's table."""
+    """Figures and the table of docs/when_not.md."""
     config = QualityConfig(
         policies=(policy,), seeds=1, baselines=("adamw",), tune_lr=False, cache=cache, max_length=max_length
     )

@@ -70,7 +70,7 @@ def fine_tuning(folder: Path) -> dict[str, Any]:
 
 
 def table(runs: list[dict[str, float]], tuned: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """For README.md."""
+    """For docs/train_your_own.md."""
 
     def spread(values: list[float], digits: int = 3) -> str:
         return f"{statistics.fmean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"

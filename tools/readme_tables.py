@@ -1,28 +1,88 @@
-"""Fill the tables of README.md from docs/results/*.json: python tools/readme_tables.py [--check]
+"""Fill the figures of README.md and docs/*.md from results files: python tools/readme_tables.py [--check] [--draw]
 
-A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->`` and comes from ``docs/results/NAME.json``,
-whose key ``table`` maps optimizers to figures; ``quality`` comes from the bundled policy's ``results.json``, ``step``
-from that of ``learned-optim bench --suite step --out docs/step``. ``peers.json`` and ``ablations.json`` are the
-``results.json`` of ``learned-optim bench --suite quality --keep 3 --backend compiled``, the latter's with
-``--ablations --seeds 3``; the row of ``elementwise`` in the former is from a run with ``--policies elementwise``.
-``--check`` changes nothing and fails if README.md is not current.
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``, a figure within a sentence between
+``<!-- figure:NAME -->`` and ``<!-- / -->``. Tables are made by the functions in ``TABLES`` and figures by those in
+``FIGURES``; any other table is the key ``table`` of ``docs/results/NAME.json``. What is measured, and by which command,
+the pages say; in addition:
+
+- ``peers.json`` and ``ablations.json`` are the ``results.json`` of ``learned-optim bench --suite quality --keep 3
+  --backend compiled``, the latter's with ``--ablations --seeds 3``; the row of ``elementwise`` in the former is from a
+  run with ``--policies elementwise``;
+- ``iteration.json`` comes from ``tools/measure_iteration.py``. Until there is one, its figures are dashes;
+- ``nanogpt.json`` was measured outside this repository.
+
+``--check`` changes nothing and fails if a document is not current; ``--draw`` also draws docs/nanogpt.png.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import math
 import re
 import sys
+import textwrap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
-PEERS = ROOT / "docs" / "results" / "peers.json"
-MARKED = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+PRETRAINED = ROOT / "pretrained"
+#: Results that are not in docs/results.
+ELSEWHERE = {
+    "quality": PRETRAINED / "default" / "results.json",
+    "config": PRETRAINED / "default" / "config.json",
+    "elementwise_config": PRETRAINED / "elementwise" / "config.json",
+    "step": ROOT / "docs" / "step" / "results.json",
+}
+OF_TABLES = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+OF_FIGURES = re.compile(r"(<!-- figure:(\w+) -->).*?(<!-- / -->)", re.DOTALL)
+NOT_MEASURED = "–"
+#: What the validation families are, for readers.
+TASKS = {
+    "val_recurrent_char": "GRU or LSTM, characters",
+    "val_transformer_char": "transformer, characters",
+    "val_lstm_word_tied": "LSTM, words",
+    "val_formula_regression": "perceptron, formula",
+    "val_generated_tables": "perceptron, table",
+    "val_mlp_letters": "perceptron, letters",
+    "val_conv_letters": "conv net, letters",
+    "val_vit_letters": "vision transformer, letters",
+    "val_resnet_photos": "ResNet, photos",
+    "val_vae_letters": "VAE, letters",
+    "val_autoencoder_photos": "autoencoder, photos",
+}
+OURS, OWN = "LearnedOptimizer, lr 1e-3", "AdamW, nanoGPT's own lr 1e-3"  # in nanogpt.json
+
+Table = dict[str, dict[str, str]]
 
 
-def markdown(table: dict[str, dict[str, str]]) -> str:
+class Results:
+    """The results files, read when asked for."""
+
+    def __init__(self, folder: Path = ROOT / "docs" / "results") -> None:
+        self.folder = folder
+        self._read: dict[str, Any] = {}
+
+    def path(self, name: str) -> Path:
+        return ELSEWHERE.get(name, self.folder / f"{name}.json")
+
+    def __contains__(self, name: str) -> bool:
+        return self.path(name).is_file()
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._read:
+            self._read[name] = json.loads(self.path(name).read_text(encoding="utf-8"))
+        return self._read[name]
+
+    def contender(self, name: str) -> dict[str, Any]:
+        """One row of ``peers.json``."""
+        (row,) = [c for c in self["peers"]["quality"]["contenders"] if c["name"] == name]
+        return row
+
+
+def markdown(table: Table) -> str:
     """A table with the optimizers side by side; they stand one below the other where they outnumber the figures."""
     names, rows = list(table), list(next(iter(table.values())))
     if len(names) >= len(rows):
@@ -33,27 +93,80 @@ def markdown(table: dict[str, dict[str, str]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def quality(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """What a policy's bench says, task by task and as a geometric mean; time per step as in ``peers.json``."""
-    evaluation = results["evaluation"]
-    (measured,) = [c for c in _read(PEERS)["quality"]["contenders"] if c["name"] == "learned: default"]
-    times = {row["task"]: f"{row['time_ratio']:.1f}" for row in measured["tasks"]}
+def geometric_mean(values: list[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
+
+
+def family(row: dict[str, Any]) -> str:
+    return row["task"].partition("/")[0]
+
+
+def title(row: dict[str, Any]) -> str:
+    return TASKS.get(family(row), family(row).removeprefix("val_").replace("_", " "))
+
+
+def ratios(results: Results) -> list[tuple[str, dict[str, float | None]]]:
+    """Of the bundled policy over AdamW tuned per task, by task, last the geometric means; ``None``: not measured."""
+    measured = results["iteration"]["tasks"] if "iteration" in results else {}
+    rows: list[tuple[str, dict[str, float | None]]] = []
+    for row in results["quality"]["evaluation"]["tasks"]:
+        steps, iteration = row["speedup"], measured.get(family(row), {}).get("ratio", {}).get("default")
+        rows.append((title(row), {
+            "steps": steps,
+            "iteration": iteration,
+            "time": steps / iteration if iteration else None,
+            "held-out": row["held_out_loss"] / row["reference_held_out_loss"],
+        }))  # fmt: skip
+    means: dict[str, float | None] = {}
+    for name in rows[0][1]:
+        column = [value for _, figures in rows if (value := figures[name]) is not None]
+        means[name] = geometric_mean(column) if len(column) == len(rows) else None
+    return [*sorted(rows, key=lambda row: -(row[1]["steps"] or 0.0)), ("geometric mean", means)]
+
+
+def validation(results: Results) -> Table:
+    """Steps, time and held-out loss over AdamW tuned per task; bold where AdamW is ahead."""
+
+    def marked(value: float | None, behind: Callable[[float], bool]) -> str:
+        if value is None:
+            return NOT_MEASURED
+        return f"**{value:.2f}**" if behind(round(value, 2)) else f"{value:.2f}"
+
+    return {
+        name: {
+            "speedup in steps": marked(row["steps"], lambda x: x < 1.0),
+            "cost of an iteration": marked(row["iteration"], lambda x: False),
+            "speedup in time": marked(row["time"], lambda x: x < 1.0),
+            "held-out loss": marked(row["held-out"], lambda x: x > 1.0),
+        }
+        for name, row in ratios(results)
+    }
+
+
+def quality(results: Results) -> Table:
+    """What a policy's bench says, task by task and as a geometric mean; parameters and time as in ``peers.json``."""
+    ours = {row["task"]: row for row in results.contender("learned: default")["tasks"]}
+    theirs = {row["task"]: row for row in results.contender("AdamW, tuned")["tasks"]}
+    tasks = results["quality"]["evaluation"]["tasks"]
     table = {
-        row["task"].removeprefix("val_").removesuffix("/0").replace("_", " "): {
-            "speedup": f"{row['speedup']:.2f}",
+        title(row): {
+            "parameters": f"{ours[row['task']]['parameters']:,}",
+            "steps": f"{ours[row['task']]['steps']:,}",
+            "speedup": _with_spread(row["speedup"], row["spread"]),
             "training loss": f"{row['loss']:.3g}",
             "AdamW's": f"{row['reference_loss']:.3g}",
             "held-out loss": f"{row['held_out_loss']:.3g}",
             "AdamW's, held out": f"{row['reference_held_out_loss']:.3g}",
-            "time per step": times[row["task"]],
+            "time per step": f"{ours[row['task']]['time_ratio']:.1f}",
+            "AdamW's setting": theirs[row["task"]]["setting"],
         }
-        for row in evaluation["tasks"]
+        for row in tasks
     }
-    mean = math.exp(sum(math.log(row["speedup"]) for row in evaluation["tasks"]) / len(evaluation["tasks"]))
+    mean = geometric_mean([row["speedup"] for row in tasks])
     return {**table, "geometric mean": {**dict.fromkeys(next(iter(table.values())), ""), "speedup": f"{mean:.2f}"}}
 
 
-def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+def peers(results: Results) -> Table:
     """All that the bench ran, over AdamW tuned per task: geometric means, with the spread over seeds."""
     return {
         row["name"].replace("learned: default", "LearnedOptimizer").replace("learned: ", "LearnedOptimizer, "): {
@@ -61,51 +174,55 @@ def peers(results: dict[str, Any]) -> dict[str, dict[str, str]]:
             **_over_tuned(row["summary"]),
             "time per step": f"{row['summary']['time_ratio']:.2f}",
         }
-        for row in results["quality"]["contenders"]
+        for row in results["peers"]["quality"]["contenders"]
     }
 
 
-def ablations(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+def ablations(results: Results) -> Table:
     """Tuned AdamW, and the bench's ablations of a policy."""
-    rows = [r for r in results["quality"]["contenders"] if r["role"] == "ablation" or r["name"] == "AdamW, tuned"]
+    contenders = results["ablations"]["quality"]["contenders"]
+    rows = [r for r in contenders if r["role"] == "ablation" or r["name"] == "AdamW, tuned"]
     rows.sort(key=lambda row: row["role"] == "ablation")
     return {row["name"]: _over_tuned(row["summary"]) for row in rows}
 
 
 def _over_tuned(figures: dict[str, Any]) -> dict[str, str]:
-    speedup, spread = figures["speedup"], figures["speedup"] * (figures["spread"] or 0.0)
     return {
-        "speedup": f"{speedup:.2f} ± {spread:.2f}" if spread else f"{speedup:.2f}",
+        "speedup": _with_spread(figures["speedup"], figures["speedup"] * (figures["spread"] or 0.0)),
         "worst task": f"{figures['worst']:.2f}",
         "held-out loss, end": f"{figures['held_out_ratio'] - 1:+.1%}",
     }
 
 
-#: Sizes of one tensor that README.md shows, out of those that the bench measures.
+def _with_spread(value: float, spread: float | None) -> str:
+    return f"{value:.2f} ± {spread:.2f}" if spread else f"{value:.2f}"
+
+
+#: Sizes of one tensor that are shown, out of those that the bench measures.
 SHOWN = {10_000: "10,000", 1_000_000: "1 million", 8_000_000: "8 million", 100_000_000: "100 million"}
 
 
-def step(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+def step(results: Results) -> Table:
     """What a step costs on the CPU, in ns per parameter and in AdamW's; a GPT's training step; bytes of state."""
-    measured = results["devices"]["cpu"]
+    measured = results["step"]["devices"]["cpu"]
     columns: dict[str, dict[str, str]] = {}
     for case in measured["cases"]:
         if case["tensors"] > 1 or case["parameters"] in SHOWN:
-            title = SHOWN.get(case["parameters"], f"GPT, {case['tensors']} tensors")
-            columns[title] = {n: f"{row['median']:.3g} ({row['ratio']:.2f})" for n, row in case["optimizers"].items()}
+            head = SHOWN.get(case["parameters"], f"GPT, {case['tensors']} tensors")
+            columns[head] = {n: f"{row['median']:.3g} ({row['ratio']:.2f})" for n, row in case["optimizers"].items()}
     of_training = measured["training"]["optimizers"]
     columns["GPT, training step"] = {
         name: f"{row['median']:.0f} ms ({row['ratio']:.2f})" for name, row in of_training.items()
     }
     of_all = measured["cases"][-1]["optimizers"]
     columns["bytes of state"] = {name: f"{row['bytes']:.0f}" for name, row in of_all.items()}
-    return {name: {title: column.get(name, "–") for title, column in columns.items()} for name in of_all}
+    return {name: {head: column.get(name, "–") for head, column in columns.items()} for name in of_all}
 
 
-def meta_train_speed(results: dict[str, Any]) -> dict[str, dict[str, str]]:
+def meta_train_speed(results: Results) -> Table:
     """Inner steps per second of an unroll and its backward pass, and over those of ``higher``."""
     table = {}
-    for case in results["speed"]:
+    for case in results["meta_train_speed"]["speed"]:
         rates, order = case["steps per second"], "second" if case["second order"] else "first"
         table[f"{case['network']}, T = {case['T']}, {order} order"] = {
             "inner steps per second": f"{rates['ours']:.0f}",
@@ -115,35 +232,182 @@ def meta_train_speed(results: dict[str, Any]) -> dict[str, dict[str, str]]:
     return table
 
 
-#: Tables that are made of what a benchmark measured; the others stand in its file as they are.
-MADE = {"quality": quality, "peers": peers, "ablations": ablations, "step": step, "meta_train_speed": meta_train_speed}
-#: Results that are not in docs/results.
-ELSEWHERE = {
-    "quality": ROOT / "pretrained" / "default" / "results.json", "step": ROOT / "docs" / "step" / "results.json"
+def nanogpt(results: Results) -> Table:
+    """Validation losses along the runs, and processor time."""
+    measured = results["nanogpt"]
+    return {
+        name: {
+            **{f"{step:,}": f"{loss:.3f}" for step, loss in zip(measured["steps"], run["losses"], strict=True)},
+            "seconds": str(run["seconds"]),
+        }
+        for name, run in measured["runs"].items()
+    }
+
+
+def nanogpt_short(results: Results) -> str:
+    """The same in a few lines: final losses, and when ours is as low as AdamW ends."""
+    measured = results["nanogpt"]
+    runs, steps = measured["runs"], measured["steps"]
+    tuned = min((name for name in runs if name.startswith("AdamW")), key=lambda name: runs[name]["losses"][-1])
+    ends = {name: run["losses"][-1] for name, run in runs.items()}
+
+    def reached(target: float) -> tuple[int, str]:
+        """The step, interpolated, and the seconds."""
+        losses = runs[OURS]["losses"]
+        i = next(i for i, loss in enumerate(losses) if loss <= target)
+        before = (steps[i - 1], losses[i - 1]) if i else (0, math.inf)
+        share = (losses[i] - target) / (losses[i] - before[1])
+        step = steps[i] - share * (steps[i] - before[0])
+        return round(step / 10) * 10, f"{step / steps[-1] * runs[OURS]['seconds']:.0f} s"
+
+    (own_step, own_time), (tuned_step, tuned_time) = reached(ends[OWN]), reached(ends[tuned])
+    return _paragraph(f"""
+        [nanoGPT](https://github.com/karpathy/nanoGPT)'s CPU example, {measured["parameters"]} parameters,
+        {steps[-1]:,} steps, one line swapped: validation loss **{ends[OURS]:.3f}**. AdamW ends at {ends[OWN]:.3f} with
+        nanoGPT's own learning rate and at {ends[tuned]:.3f} with the best of
+        {sum(name.startswith("AdamW") for name in runs)}. Ours passes the former after {own_step:,} steps, {own_time}
+        instead of {runs[OWN]["seconds"]} s, and the latter after {tuned_step:,}, {tuned_time} instead of
+        {runs[tuned]["seconds"]} s. One run each, one thread, {measured["date"]}, commit {measured["commit"]}.
+    """)
+
+
+def nanogpt_how(results: Results) -> str:
+    """When and how it was measured."""
+    measured = results["nanogpt"]
+    text = _paragraph(f"""
+        One run each, one thread, {measured["date"]}, with `default` of commit {measured["commit"]}, which
+        {measured["policy"]}. Times assume that every step takes equally long. A second run, evaluated on other
+        batches, ended at {measured["again"]:.3f} instead of {measured["runs"][OURS]["losses"][-1]:.3f}: take such
+        differences as chance. The command, with each optimizer:
+    """)
+    command = textwrap.wrap(measured["command"], width=110, subsequent_indent="    ", break_on_hyphens=False)
+    return f"{text}\n```text\n{f' {chr(92)}{chr(10)}'.join(command)}\n```\n"
+
+
+def _paragraph(text: str) -> str:
+    return textwrap.fill(" ".join(text.split()), width=120, break_on_hyphens=False) + "\n"
+
+
+#: Tables, and some paragraphs, that are made of what was measured; the other tables stand in their files as they are.
+TABLES: dict[str, Callable[[Results], Table | str]] = {
+    "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
+    "meta_train_speed": meta_train_speed, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
+    "nanogpt_how": nanogpt_how,
 }  # fmt: skip
 
 
-def filled(text: str, folder: Path) -> str:
-    def fill(match: re.Match[str]) -> str:
-        name = match[2]
-        results = _read(ELSEWHERE.get(name, folder / f"{name}.json"))
-        table = MADE[name](results) if name in MADE else results["table"]
-        return f"{match[1]}\n{markdown(table)}\n{match[3]}"
+def _mean(name: str) -> Callable[[Results], str]:
+    def figure(results: Results) -> str:
+        value = ratios(results)[-1][1][name]
+        return NOT_MEASURED if value is None else f"{value:.1f}"
 
-    return MARKED.sub(fill, text)
+    return figure
 
 
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
+def _held_out(results: Results) -> str:
+    ratio = ratios(results)[-1][1]["held-out"] or 1.0
+    return f"{abs(1.0 - ratio):.0%} {'lower' if ratio <= 1.0 else 'higher'}"
+
+
+def _sizes(results: Results) -> str:
+    sizes = [row["parameters"] for row in results.contender("learned: default")["tasks"]]
+    return " and ".join(f"{round(size, -3):,}" for size in (min(sizes), max(sizes)))
+
+
+def _bytes(of_state: int, config: str = "config") -> Callable[[Results], str]:
+    """Of state per parameter: v in float32, m and the hidden units in ``of_state`` bytes each."""
+    return lambda results: str(4 + of_state * (1 + len(results[config]["hidden_weights"])))
+
+
+def _count(results: Results) -> str:
+    words = ("seven", "eight", "nine", "ten", "eleven", "twelve", "thirteen", "fourteen", "fifteen", "sixteen")
+    count = len(results["quality"]["evaluation"]["tasks"])
+    return words[count - 7] if 7 <= count < 7 + len(words) else str(count)
+
+
+def _summary(key: str) -> Callable[[Results], str]:
+    return lambda results: f"{results['quality']['evaluation']['summary'][key]:.2f}"
+
+
+def _muon_lower(results: Results) -> str:
+    theirs = {row["task"]: row["loss"] for row in results.contender("Muon, tuned")["tasks"]}
+    ours = results["quality"]["evaluation"]["tasks"]
+    return str(sum(theirs[row["task"]] < row["loss"] for row in ours))
+
+
+def _elementwise(results: Results) -> str:
+    return f"{results.contender('learned: elementwise')['summary']['speedup']:.1f}"
+
+
+#: Figures within sentences.
+FIGURES: dict[str, Callable[[Results], str]] = {
+    "steps": _mean("steps"), "iteration": _mean("iteration"), "time": _mean("time"), "held_out": _held_out,
+    "sizes": _sizes, "tasks": _count, "elementwise": _elementwise,
+    "bytes": _bytes(4), "bytes_bfloat16": _bytes(2), "bytes_elementwise": _bytes(4, "elementwise_config"),
+    "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
+    "over_muon_tuned": _summary("speedup over Muon, tuned, geometric mean, lr tuned too"),
+    "muon_lower": _muon_lower,
+}  # fmt: skip
+
+
+def filled(text: str, results: Results) -> str:
+    def table(match: re.Match[str]) -> str:
+        made = TABLES[match[2]](results) if match[2] in TABLES else results[match[2]]["table"]
+        return f"{match[1]}\n{made if isinstance(made, str) else markdown(made)}\n{match[3]}"
+
+    text = OF_TABLES.sub(table, text)
+    return OF_FIGURES.sub(lambda match: f"{match[1]}{FIGURES[match[2]](results)}{match[3]}", text)
+
+
+def draw_nanogpt(results: Results, path: Path) -> None:
+    """Validation loss of nanoGPT against steps and against time."""
+    from matplotlib.figure import Figure
+
+    measured = results["nanogpt"]
+    runs, steps = measured["runs"], measured["steps"]
+    styles = {OURS: ("#D55E00", 2.6), OWN: ("#999999", 1.8)}
+    figure = Figure(figsize=(9.0, 3.7), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for name, run in runs.items():
+        if name.endswith("constant"):
+            continue
+        colour, width = styles.get(name, ("#0072B2" if name.endswith("3e-3") else "#000000", 1.8))
+        seconds = [step / steps[-1] * run["seconds"] for step in steps]
+        for axes, x in ((left, steps), (right, seconds)):
+            axes.plot(x, run["losses"], color=colour, linewidth=width, marker="o", markersize=3, label=name)
+    left.set(xlabel="training steps", ylabel="validation loss (lower is better)", xticks=range(0, steps[-1] + 1, 500))
+    right.set(xlabel="processor seconds, one thread")
+    for axes in (left, right):
+        axes.set_xlim(left=0)
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    right.legend(fontsize="small", frameon=False)
+    figure.suptitle(
+        f"nanoGPT on Shakespeare, character by character, {measured['parameters']} parameters: one line swapped",
+        fontsize="medium",
+    )
+    figure.savefig(path, dpi=100)
 
 
 def main() -> int:
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    new = filled(old, ROOT / "docs" / "results")
-    if "--check" in sys.argv[1:]:
-        return int(new != old)
-    readme.write_text(new, encoding="utf-8")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a document is not current")
+    parser.add_argument("--draw", action="store_true", help="draw docs/nanogpt.png, too")
+    arguments = parser.parse_args()
+    results, stale = Results(), []
+    for path in DOCUMENTS:
+        old = path.read_text(encoding="utf-8")
+        new = filled(old, results)
+        if new != old:
+            stale.append(path)
+            if not arguments.check:
+                path.write_text(new, encoding="utf-8")
+    if arguments.check:
+        for path in stale:
+            print(f"not current: {path.relative_to(ROOT)}", file=sys.stderr)
+        return int(bool(stale))
+    if arguments.draw:
+        draw_nanogpt(results, ROOT / "docs" / "nanogpt.png")
     return 0
 
 

@@ -4,7 +4,8 @@ step.py             the passes of a step, over buckets of tensors: start here
 head.py             the tensor head over many tensors at once
 auto.py             which backend runs: ``make_backend``
 eager.py            plain torch operations
-compiled.py         compiled kernels; kernels.py makes them and keeps them on disk
+native.py           compiled C++, on CPUs; native_library.py makes it of the rule, through codegen.py and *.cpp
+compiled.py         what torch.compile makes of the rule, on GPUs; kernels.py makes it
 packing.py          small tensors side by side in one vector
 param_state.py      one parameter with gradient and state, as backends see it
 hyperparameters.py  parameter groups: checks, and the hyperparameters of a step

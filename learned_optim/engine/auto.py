@@ -14,13 +14,14 @@ from learned_optim.engine.compiled import CompiledBackend
 from learned_optim.engine.eager import EagerBackend
 from learned_optim.engine.head import TensorHead
 from learned_optim.engine.kernels import CompilationError, find_compiler
+from learned_optim.engine.native import NativeBackend
 from learned_optim.engine.param_state import Format, ParamState
 from learned_optim.engine.step import Backend, Bucket
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
 
-#: ``auto`` compiles for a dtype of which a model has this many parameters. A kernel saves some 15 ns per parameter and
-#: step, so that 20 s of compilation are repaid within about 1,300 steps, and there is nothing to wait for later.
+#: On a GPU ``auto`` compiles for a dtype of which a model has this many parameters, which takes some 20 s once per
+#: machine. On a CPU it always does: some 3 s once per machine, a few milliseconds from then on.
 WORTH_COMPILING = 1_000_000
 
 
@@ -37,7 +38,7 @@ class AutoBackend:
 
     def __init__(self, head: TensorHead, always: bool) -> None:
         self.head, self.always = head, always
-        self._eager, self._compiled = EagerBackend(head), CompiledBackend(head)
+        self._eager, self._native, self._compiled = EagerBackend(head), NativeBackend(head), CompiledBackend(head)
         self._compile: dict[tuple[str, torch.dtype], bool] = {}
         self._reasons: dict[str, None] = {}
         self._failed = False
@@ -67,7 +68,7 @@ class AutoBackend:
             return True, ""
         if not CELLS[self.head.config.cell].is_mixture:
             return False, "; only the gated cell is compiled"
-        if size < WORTH_COMPILING:
+        if device != "cpu" and size < WORTH_COMPILING:
             return False, f", compiled from {WORTH_COMPILING:,}"
         if find_compiler(device) is None:
             return False, f"; no compiler for {device}"
@@ -78,17 +79,23 @@ class AutoBackend:
         wanted = {form for form in formats if self._compile.get(_key(form), False)}
         try:
             for form in wanted:
-                self._compiled.kernels(form)
+                self._of(form).load(form)
         except CompilationError as error:
             self._fail(error)
             wanted = set()
-        compiled = [p for p in params if p.format in wanted]
-        eager = [p for p in params if p.format not in wanted] if len(wanted) < len(formats) else []
-        yield from self._compiled.buckets(compiled)
-        yield from self._eager.buckets(eager)
+        parts: dict[Backend, list[ParamState]] = {}
+        by_format = {form: self._of(form) if form in wanted else self._eager for form in formats}
+        for p in params:
+            parts.setdefault(by_format[p.format], []).append(p)
+        for backend, some in parts.items():
+            yield from backend.buckets(some)
+
+    def _of(self, form: Format) -> NativeBackend | CompiledBackend:
+        return self._native if form.device.type == "cpu" else self._compiled
 
     def _fail(self, error: CompilationError) -> None:
         self._failed = True
+        self.head.native.clear()
         self._compile = dict.fromkeys(self._compile, False)
         self._reasons = {f"eager (compilation failed: {error})": None}
         _warn_once(str(error))

@@ -1,4 +1,4 @@
-"""The update rule run by compiled kernels."""
+"""The rule run by kernels that torch.compile makes, for GPUs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class CompiledBackend:
     def prepare(self, params: list[ParamState]) -> None:
         pass
 
-    def kernels(self, form: Format) -> Kernels:
+    def load(self, form: Format) -> Kernels:
         """Those for tensors like these."""
         if form not in self._kernels:
             kind = Kind(self.head.config, str(form.device), (form.param, form.grad, *form.state))
@@ -163,7 +163,7 @@ class _Rows:
         self.backend, self.views = backend, views
         self.params = [one.param for one in views]
         self.copied = sum(one.size for one in views)
-        self.kernels = backend.kernels(form)
+        self.kernels = backend.load(form)
         self.plan = plan = _plan(tuple([one.split for one in views]), form.device)
         self.directions = [one.vector().to(form.param, copy=True) for one in views if one.as_matrix]
         targets = self.directions or [None] * len(views)

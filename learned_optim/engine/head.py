@@ -9,12 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.engine.hyperparameters import StepContext
 from learned_optim.engine.packing import copy_all, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import TensorShapes
-from learned_optim.rule.types import Hyperparameters, Spread, TensorState, TensorSums
+from learned_optim.rule.types import Spread, TensorState, TensorSums
 
 #: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
 #: tensor's bits do not depend on how many tensors are run with it.
@@ -32,13 +33,14 @@ class StepRecord(NamedTuple):
     """What the head saw and said of K tensors in their last step: a few dozen values each."""
 
     params: list[ParamIndex]
-    steps: list[float]
-    hypers: list[Hyperparameters]
+    contexts: list[StepContext]
     numel: Tensor  #: [K] and more
     sums: TensorSums  #: [K] each
     coefficients: Tensor  #: [C, K], see ``Coefficients.of_rows``
     tensor_state: TensorState  #: [K] and more, each
-    length_factors: list[LengthFactors]  #: of those that were orthogonalised
+
+
+HeadPass = Callable[[list[ParamState], TensorSums], tuple[Tensor, list[StepRecord]]]
 
 
 @lru_cache(maxsize=256)
@@ -67,11 +69,27 @@ class TensorHead:
         self.config = config
         self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
         self.compiled: dict[torch.device, Callable] = {}  #: in place of :func:`head_pass`
+        self.native: dict[torch.dtype, HeadPass] = {}  #: in place of all of it, on CPUs, by the dtype of the arithmetic
         self._weights: dict[torch.device, dict[str, Tensor]] = {}
         self._buffers: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
 
-    def __call__(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, StepRecord]:
+    def __call__(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, list[StepRecord]]:
         """Coefficients, [C, len(params)] in float64; the per-tensor state is updated in place."""
+        if not self.native or params[0].param.device.type != "cpu":
+            return self._run(params, sums)
+        dtypes = list({p.arithmetic: None for p in params})
+        if len(dtypes) == 1:
+            return self.native.get(dtypes[0], self._run)(params, sums)
+        indices = [[i for i, p in enumerate(params) if p.arithmetic == dtype] for dtype in dtypes]
+        parts = [
+            self.native.get(dtype, self._run)([params[i] for i in some], TensorSums(*(s[some] for s in sums)))
+            for dtype, some in zip(dtypes, indices, strict=True)
+        ]
+        order = torch.tensor([i for some in indices for i in some]).argsort()
+        stacked = torch.cat([stacked for stacked, _ in parts], 1)[:, order].contiguous()
+        return stacked, [record for _, records in parts for record in records]
+
+    def _run(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, list[StepRecord]]:
         device, count = sums.u_u.device, len(params)
         tensor_shapes = _padded_shapes(tuple([p.shape for p in params]), device)
         spare = len(tensor_shapes.numel) - count
@@ -80,18 +98,16 @@ class TensorHead:
         matrix, views = self._buffer(len(scalars) // count, count, device)
         copy_all(views, scalars)
         state = TensorState(*torch.nn.functional.pad(matrix, (0, spare)).unbind())
-        steps = [p.context.step for p in params]
-        step = to_device(steps + [1.0] * spare, torch.float64, device)
+        contexts = [p.context for p in params]
+        step = to_device([context.step for context in contexts] + [1.0] * spare, torch.float64, device)
         if device not in self._weights:
             self._weights[device] = {k: w.to(device) for k, w in self.weights.items()}
         run = self.compiled.get(device, head_pass)
         stacked, state = run(self._weights[device], self.config, tensor_shapes, padded, state, step)
         matrix.copy_(torch.stack(state.tensors)[:, :count])
         copy_all(scalars, views)
-        stacked = stacked[:, :count]
-        hypers = [p.context.hyper for p in params]
-        indices = [p.param_index for p in params]
-        return stacked, StepRecord(indices, steps, hypers, tensor_shapes.numel, sums, stacked, state, [])
+        stacked, indices = stacked[:, :count], [p.param_index for p in params]
+        return stacked, [StepRecord(indices, contexts, tensor_shapes.numel, sums, stacked, state)]
 
     def _buffer(self, rows: int, columns: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
         """A matrix in float64 to write into, and views of its entries: those of the last call, if they fit."""

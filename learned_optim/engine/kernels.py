@@ -4,31 +4,24 @@ Coordinates come in rows of ``WIDTH``, and every row has scalars of its own: tho
 tensors of every shape, alone or side by side, with any learning rate and any policy of the same configuration; nothing
 is ever compiled twice. A row's bits depend on that row alone, not on the number of threads or on other rows.
 
-For CPUs a kernel is compiled ahead of time (AOTInductor) and kept in inductor's cache folder, from where later
-processes load it in milliseconds. Other devices go through ``torch.compile``, which keeps what it made in that folder,
-too, under a key of its own that names the GPU.
+They go through ``torch.compile``, which keeps what it made in inductor's cache folder, under a key that names the GPU.
+For CPUs see :mod:`learned_optim.engine.native_library`.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import platform
 import shutil
-import tempfile
 import types
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from learned_optim import rule
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import TensorShapes
@@ -150,13 +143,12 @@ def _made(kind: Kind) -> Kernels | CompilationError:
     scalars = torch.empty(rows, len(StepScalars._fields), dtype=kind.arithmetic, device=kind.device)
     coefficients = scalars.new_empty(rows, coefficient_count(kind.config))
     weights = scalars.new_empty(sum(math.prod(s) for s in kind.config.coordinate_weights().values()))
-    make = _ahead_of_time if kind.device == "cpu" else _just_in_time
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
             return Kernels(
-                make(_Measure(kind), [*tensors[:5], scalars], 6),
-                make(_Apply(kind), [*tensors, scalars, coefficients, weights], len(tensors) + 2),
+                _compiled(_Measure(kind), [*tensors[:5], scalars], 6),
+                _compiled(_Apply(kind), [*tensors, scalars, coefficients, weights], len(tensors) + 2),
             )
     except Exception as error:
         first_line = (str(error).strip().splitlines() or [""])[0]
@@ -165,8 +157,8 @@ def _made(kind: Kind) -> Kernels | CompilationError:
         return failure
 
 
-def _just_in_time(module: _Measure | _Apply, example: list[Tensor], with_rows: int) -> Kernel:
-    compiled = torch.compile(_own_code(module.forward), fullgraph=True, options=_options(module.kind.device))
+def _compiled(module: _Measure | _Apply, example: list[Tensor], with_rows: int) -> Kernel:
+    compiled = torch.compile(_own_code(module.forward), fullgraph=True)
 
     def kernel(inputs: list[Tensor]) -> Sequence[Tensor]:
         return compiled(*inputs)
@@ -229,76 +221,6 @@ class _Head(torch.nn.Module):
         inputs = TensorShapes(numel, context), TensorSums(*sums.unbind()), TensorState(*state), step
         stacked, new_state = self.function(weights, self.config, *inputs)
         return stacked, *new_state.tensors
-
-
-def _ahead_of_time(module: torch.nn.Module, example: list[Tensor], with_rows: int) -> Kernel:
-    path = _cache_folder() / f"{_key(module)}.pt2"
-    if not (path.exists() and _ours(path)):
-        rows = torch.export.Dim("rows", min=2, max=2**40)
-        dynamic: Any = [{0: rows}] * with_rows + [None] * (len(example) - with_rows)
-        if isinstance(module, _Apply):
-            dynamic = (tuple(dynamic),)
-        program = torch.export.export(module, tuple(example), dynamic_shapes=tuple(dynamic), strict=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-            package = os.path.join(folder, "kernel.pt2")
-            torch._inductor.aoti_compile_and_package(program, package_path=package, inductor_configs=_options("cpu"))
-            os.replace(package, path)
-    return _load(path)
-
-
-def _load(path: Path) -> Kernel:
-    try:
-        from torch._C._aoti import AOTIModelPackageLoader  # pyright: ignore[reportMissingImports]
-
-        return AOTIModelPackageLoader(str(path), "model", False, 1, -1).run
-    except (ImportError, TypeError):  # another version's
-        loaded = torch._inductor.aoti_load_package(str(path))
-        return lambda inputs: loaded(*inputs)
-
-
-def _options(device: str) -> dict[str, Any]:
-    """Inductor's: as many threads as torch is set to, fused multiply-adds, nothing that slows compilation."""
-    from torch._inductor import config
-
-    if device != "cpu":
-        return {}
-    options: dict[str, Any] = {"cpp.dynamic_threads": True}
-    contract = getattr(config.cpp, "enable_floating_point_contract_flag", None)
-    if contract is not None:
-        options["cpp.enable_floating_point_contract_flag"] = "fast" if isinstance(contract, str) else True
-    for name in ("enable_line_tables", "precompile_headers"):
-        if hasattr(config.aot_inductor, name):
-            options[f"aot_inductor.{name}"] = False
-    return options
-
-
-def _key(module: torch.nn.Module) -> str:
-    """Equal if and only if the kernel is: of torch, of the machine, of the rule's source, and of the kind."""
-    kind: Any = module.kind
-    parts = [
-        torch.__version__, str(torch.version.git_version), platform.machine(), torch.backends.cpu.get_cpu_capability(),
-        str(os.environ.get("CXX")), json.dumps(kind.config.to_dict()), repr(kind[1:]), type(module).__name__,
-        json.dumps(_options("cpu")), Path(__file__).read_text(encoding="utf-8"), *_sources(rule.__path__),
-    ]  # fmt: skip
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:40]
-
-
-def _sources(folders: Iterable[str]) -> list[str]:
-    """Everything that the folders' modules say: all of the rule, since a list of modules would be forgotten."""
-    paths = [path for folder in folders for path in sorted(Path(folder).rglob("*.py"))]
-    return [part for path in paths for part in (path.name, path.read_text(encoding="utf-8"))]
-
-
-def _cache_folder() -> Path:
-    from torch._inductor.runtime.cache_dir_utils import cache_dir
-
-    return Path(cache_dir()) / "learned_optim"
-
-
-def _ours(path: Path) -> bool:
-    """Whether the file is this user's own: what others have put into a shared folder is not run."""
-    return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
 def find_compiler(device: str) -> str | None:

@@ -78,6 +78,7 @@ class ParamState:
         self.shape = real_shape(of)  #: of the whole parameter, of which the tensors may be a shard
         self.count = state["step"]
         self.tensor_state = [state[key] for key in tensor_keys]  #: 0-d each
+        self.is_guarded = len(self.tensor_state) == len(GUARDED_TENSOR_KEYS)
         self._state = tuple(state.values())
         self._form = (of.dtype, of.shape, of.stride())
         self._of = (of, *(state[key] for key in keys))
@@ -88,6 +89,7 @@ class ParamState:
         self.param, *state_tensors = [_real(t) for t in self._here] if self.complex else self._here
         self.state_tensors = tuple(state_tensors)  #: exp_avg, exp_avg_sq, hidden_0, ...
         self.numel = self.param.numel()
+        self.arithmetic = arithmetic_dtype(self.param.dtype)
         self.grad = self.param  # until there is one
         self.context: StepContext
         dtypes = tuple(t.dtype for t in state_tensors)

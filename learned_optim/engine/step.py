@@ -13,19 +13,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain, groupby
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead, stacked_tensors
-from learned_optim.engine.packing import COPIED, bins, copy_all, limit
+from learned_optim.engine.packing import COPIED, bins, copy_all, limit, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.engine.sharding import Shards
 from learned_optim.rule import update
 from learned_optim.rule.layouts import indices_by
-from learned_optim.rule.orthogonalize import Orthogonalization, orthogonalize
-from learned_optim.rule.types import Coefficients, TensorSums
+from learned_optim.rule.orthogonalize import Orthogonalization, as_blocks, block_scales, from_blocks, orthogonalize
+from learned_optim.rule.types import Coefficients, Spread, TensorSums
 
 #: Coordinates of equal matrices that are multiplied as one batch: more of them only leave the processor's cache.
 MULTIPLIED = 1 << 16
@@ -75,7 +75,14 @@ class Backend(Protocol):
         ...
 
 
-def run_step(backend: Backend, params: list[ParamState], shards: Sequence[Shards]) -> list[StepRecord]:
+class StepReport(NamedTuple):
+    """What a step leaves behind for diagnostics."""
+
+    records: list[StepRecord]
+    length_factors: list[LengthFactors]  #: of what was orthogonalised
+
+
+def run_step(backend: Backend, params: list[ParamState], shards: Sequence[Shards]) -> StepReport:
     """Update every parameter and its state in place.
 
     Args:
@@ -84,31 +91,32 @@ def run_step(backend: Backend, params: list[ParamState], shards: Sequence[Shards
         shards: those that are spread over processes, with a gradient or without. All processes must call this.
     """
     backend.prepare(params)
-    records: list[StepRecord] = []
+    report = StepReport([], [])
     whole = params
     for some in shards:
         here = [p for p in whole if p.param_index in some.shapes]
         whole = [p for p in whole if p.param_index not in some.shapes]
-        records += _run_shards(backend, here, some)
+        _run_shards(backend, here, some, report)
     for device, of_device in groupby(backend.buckets(whole), lambda bucket: bucket.params[0].param.device):
         for buckets in bins(of_device, lambda bucket: bucket.copied, limit(COPIED, device)):
-            records.append(_run_buckets(backend.head, buckets))
-    return records
+            _run_buckets(backend.head, buckets, report)
+    return report
 
 
-def _run_buckets(head: TensorHead, buckets: list[Bucket]) -> StepRecord:
+def _run_buckets(head: TensorHead, buckets: list[Bucket], report: StepReport) -> None:
     """All passes over whole parameters."""
     params = list(chain.from_iterable(bucket.params for bucket in buckets))
     measured = [bucket.measure() for bucket in buckets]
     sums = measured[0] if len(measured) == 1 else TensorSums(*map(torch.cat, zip(*measured, strict=True)))
-    stacked, record = head(params, sums)
+    stacked, records = head(params, sums)
+    report.records.extend(records)
     most = limit(COPIED, stacked.device)
     for matrices in bins(_apply(buckets, stacked), lambda matrix: matrix.param.numel, most):
-        record.length_factors.extend(_orthogonalize_and_move(head, matrices))
-    return record
+        with torch.autocast(stacked.device.type, enabled=False):
+            report.length_factors.extend(_orthogonalize_and_move(head, matrices))
 
 
-def _run_shards(backend: Backend, params: list[ParamState], shards: Shards) -> Iterator[StepRecord]:
+def _run_shards(backend: Backend, params: list[ParamState], shards: Shards, report: StepReport) -> None:
     """All passes over parameters of which every process holds a part: all are measured before one is updated.
 
     Sums are added up once, whatever has a gradient; every process then adds up each matrix that is orthogonalised, and
@@ -118,6 +126,7 @@ def _run_shards(backend: Backend, params: list[ParamState], shards: Shards) -> I
         backend: makes the buckets.
         params: shards with a gradient; empty ones too, since their per-tensor state is that of the whole parameter.
         shards: the parameters that may have a gradient.
+        report: to be added to.
     """
     columns = {index: column for column, index in enumerate(shards.shapes)}
     sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=shards.device)
@@ -132,20 +141,18 @@ def _run_shards(backend: Backend, params: list[ParamState], shards: Shards) -> I
             buckets.append(bucket)
     shards.add_up(sums)
     matrices: dict[ParamIndex, _Matrix] = {}
-    factors: list[LengthFactors] = []
     if params:
         order += [p for p in params if p.numel == 0]
         here = TensorSums(*sums[:, [columns[p.param_index] for p in order]].unbind())
-        stacked, record = backend.head(order, here)
+        stacked, records = backend.head(order, here)
+        report.records.extend(records)
         again = buckets if copied <= most else backend.buckets(params)
         matrices = {matrix.param.param_index: matrix for matrix in _apply(again, stacked)}
-        factors = record.length_factors
-        yield record
     settings = backend.head.config.orthogonalization
     for index, shape in shards.shapes.items():
         if (matrix_shape := settings.matrix_shape(shape)) is not None:
             d = torch.zeros(matrix_shape, dtype=shards.dtypes[index], device=shards.device)
-            factors += _orthogonalize_shard(settings, d, matrices.get(index), shards)
+            report.length_factors.extend(_orthogonalize_shard(settings, d, matrices.get(index), shards))
 
 
 class _Matrix(NamedTuple):
@@ -153,31 +160,71 @@ class _Matrix(NamedTuple):
 
     param: ParamState
     d: Tensor  #: [numel]
-    share: Tensor  #: 0-d, how much of it is orthogonalised
+    share: Tensor  #: [1], how much of it is orthogonalised
 
 
 def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[_Matrix]:
     """Apply coefficients [C, K], whose columns are in the order of the buckets; what is still to be orthogonalised."""
-    shares = stacked[Coefficients._fields.index("orthogonal")]
+    shares = stacked[Coefficients._fields.index("orthogonal")].split(1)
     begin = 0
     for bucket in buckets:
         end = begin + len(bucket.params)
         if directions := bucket.apply(stacked[:, begin:end]):
-            yield from map(_Matrix, bucket.params, directions, shares[begin:end].unbind())
+            yield from map(_Matrix, bucket.params, directions, shares[begin:end])
         begin = end
 
 
+class _Alike(NamedTuple):
+    """Matrices of one shape and dtype; large ones alone."""
+
+    params: list[ParamState]
+    shares: list[Tensor]
+    shape: tuple[int, int, int]  #: how many, rows, columns
+    blocks: Tensor  #: see ``as_blocks``
+
+    @classmethod
+    def of(cls, settings: Orthogonalization, matrices: list[_Matrix]) -> Iterator[_Alike]:
+        for indices in indices_by((m.param.param.shape, m.d.dtype) for m in matrices).values():
+            first = matrices[indices[0]]
+            shape = first.param.param.shape[0], first.param.numel // first.param.param.shape[0]
+            at_once = max(1, limit(MULTIPLIED, first.d.device) // first.param.numel)
+            for start in range(0, len(indices), at_once):
+                params, ds, shares = zip(*(matrices[i] for i in indices[start : start + at_once]), strict=True)
+                d = stacked_tensors(ds).view(len(params), *shape)
+                yield cls(list(params), list(shares), (len(params), *shape), as_blocks(settings, d))
+
+
 def _orthogonalize_and_move(head: TensorHead, matrices: list[_Matrix]) -> Iterator[LengthFactors]:
-    """Orthogonalise directions and move the parameters, equal ones at once."""
+    """Orthogonalise directions and move the parameters, everything at once that has blocks of one size."""
     settings = head.config.orthogonalization
-    for indices in indices_by((m.param.param.shape, m.d.dtype, m.param.context) for m in matrices).values():
-        at_once = max(1, limit(MULTIPLIED, matrices[0].d.device) // matrices[indices[0]].param.numel)
-        for start in range(0, len(indices), at_once):
-            params, ds, shares = zip(*(matrices[i] for i in indices[start : start + at_once]), strict=True)
-            d = stacked_tensors(ds).view(len(params), params[0].param.shape[0], -1)
-            d, factors = orthogonalize(settings, d, stacked_tensors(shares).to(d.dtype).view(-1, 1, 1))
-            _move(params, d)
-            yield LengthFactors([p.param_index for p in params], factors.flatten())
+    groups = list(_Alike.of(settings, matrices))
+    sizes = [(len(g.blocks) // len(g.params), g.blocks.shape[1], g.blocks.dtype) for g in groups]
+    for indices in indices_by(sizes).values():
+        same = [groups[i] for i in indices]
+        grams = [g.blocks @ g.blocks.mT for g in same]
+        gram = grams[0] if len(grams) == 1 else torch.cat(grams)
+        params = [p for g in same for p in g.params]
+        share: Spread = settings.share
+        if params[0].is_guarded:  # else it is the same for all
+            share = torch.cat([share for g in same for share in g.shares]).to(gram.dtype)
+        scales, factors = block_scales(settings, gram, len(params), share)
+        for g, scale in zip(same, scales.split([len(g.blocks) for g in same]), strict=True):
+            _move_along_blocks(g, scale)
+        yield LengthFactors([p.param_index for p in params], factors)
+
+
+def _move_along_blocks(alike: _Alike, scale: Tensor) -> None:
+    """Move parameters along S_b X_b; a large one in a single pass over its memory."""
+    (count, rows, columns), x = alike.shape, alike.blocks
+    param = alike.params[0].param.detach()
+    large = 2 * rows * columns > limit(MULTIPLIED, x.device)
+    if large and param.dtype == x.dtype and param.is_contiguous() and x.shape[0] * x.shape[1] == min(rows, columns):
+        matrix = param.view(rows, columns)
+        matrix = matrix.mT if rows > columns else matrix
+        scalars: Any = alike.params[0].context.scalars
+        matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=scalars.retained, alpha=-scalars.lr)
+    else:
+        _move(alike.params, from_blocks(scale @ x, (count, rows, columns)))
 
 
 def _orthogonalize_shard(
@@ -198,13 +245,20 @@ def _orthogonalize_shard(
     (row, column), (rows, width) = here.param.origin, part.shape
     d[row : row + rows, column : column + width].copy_(part)
     shards.add_up(d)
-    d, factor = orthogonalize(settings, d, here.share.to(d.dtype))
-    _move([here.param], d[row : row + rows, column : column + width])
-    yield LengthFactors([here.param.param_index], factor.flatten())
+    whole, factor = orthogonalize(settings, d.unsqueeze(0), here.share.to(d.dtype))
+    _move([here.param], whole[:, row : row + rows, column : column + width])
+    yield LengthFactors([here.param.param_index], factor)
 
 
 def _move(params: Sequence[ParamState], d: Tensor) -> None:
-    """Move parameters of one shape, dtype and step along d, [len(params), ...]."""
+    """Move parameters of one shape and dtype along d, [len(params), ...]."""
     tensors = [p.param.detach() for p in params]
     before = stacked_tensors(tensors).to(d.dtype)
-    copy_all(tensors, update.move(before, d.reshape(before.shape), params[0].context.scalars).unbind())
+    scalars = [p.context.scalars for p in params]
+    # As tensors also where all are the same: with floats the last bit may differ, and then neighbours would matter.
+    lr, retained = to_device([[s.lr for s in scalars], [s.retained for s in scalars]], d.dtype, d.device).view(
+        2, -1, *[1] * (before.ndim - 1)
+    )
+    copy_all(
+        tensors, update.move(before, d.reshape(before.shape), scalars[0]._replace(lr=lr, retained=retained)).unbind()
+    )

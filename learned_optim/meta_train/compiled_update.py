@@ -77,9 +77,10 @@ def compiled_update(
     with warnings.catch_warnings():
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        (d, *vectors), of_tensors = run(tuple(weights), tuple(weights.values()), vectors, of_tensors, rows, scalars)
-    param = _finished(config, layout, param, d, step, hyper)
-    return param, CoordinateState.of(vectors), TensorState(*of_tensors)
+        (moved, *vectors), of_tensors = run(tuple(weights), tuple(weights.values()), vectors, of_tensors, rows, scalars)
+    if config.orthogonal:
+        moved = orthogonalize_and_move(config, layout, param, moved, step, hyper, config.orthogonal)
+    return moved, CoordinateState.of(vectors), TensorState(*of_tensors)
 
 
 class PaddedRows(NamedTuple):
@@ -126,16 +127,11 @@ def compiled_vectorized(
     torch._dynamo.maybe_mark_dynamic(layout.rows.owner, 0)
     scalars = [x if isinstance(x, Tensor) else _scalar(float(x), param.device) for x in (step, *hyper)]
     run = _compiled_vectorized(config)
-    (d, *vectors), of_tensors = run(dict(weights), vectors, list(tensor_state.tensors), layout.rows, scalars)
-    finish = torch.vmap(lambda param, d: _finished(config, layout.segments, param, d, step, hyper))
-    return finish(param, d), CoordinateState.of(vectors), TensorState(*of_tensors)
-
-
-def _finished(
-    config: PolicyConfig, layout: Segments, param: Tensor, d: Tensor, step: Spread, hyper: Hyperparameters
-) -> Tensor:
-    """What :func:`_on_rows` left to be done of the update of the parameters: it cannot see whole matrices."""
-    return orthogonalize_and_move(config, layout, param, d, step, hyper, config.orthogonal) if config.orthogonal else d
+    (moved, *vectors), of_tensors = run(dict(weights), vectors, list(tensor_state.tensors), layout.rows, scalars)
+    if config.orthogonal:
+        rest = partial(orthogonalize_and_move, config, layout.segments, step=step, hyper=hyper, share=config.orthogonal)
+        moved = torch.vmap(rest)(param, moved)
+    return moved, CoordinateState.of(vectors), TensorState(*of_tensors)
 
 
 @lru_cache(maxsize=256)
@@ -173,7 +169,7 @@ def _on_rows(
     rows: _Rows,
     scalars: list[Tensor],
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """New parameters, or directions where those are still to be orthogonalised, and new state."""
+    """New parameters, or directions where whole matrices are still to be orthogonalised, and new state."""
     param, grad, *state = (t.view(-1, ROW) for t in vectors)
     step, *hyper = scalars
     hyper = Hyperparameters(*hyper)
@@ -181,7 +177,6 @@ def _on_rows(
         dict(zip(names, values, strict=True)), config, rows, param, grad, CoordinateState.of(state),
         TensorState(*of_tensors), step, hyper, fixed_scale=fixed_scale,
     )  # fmt: skip
-    if not config.orthogonal:
-        d = move(param, d, StepScalars.at(step, hyper))
+    moved = d if config.orthogonal else move(param, d, StepScalars.at(step, hyper))
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
-    return [t.view(-1).clone() for t in (d, *state.tensors)], list(tensor_state.tensors)
+    return [t.view(-1).clone() for t in (moved, *state.tensors)], list(tensor_state.tensors)

@@ -49,10 +49,13 @@ class PolicyConfig:
         pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
             turn against each other whatever the step size: what they add up to in a long run must stay harmless.
         orthogonal: how much of a matrix's update is orthogonalised, in [0, 1]; 0 does without, which saves matrix
-            products. See :mod:`learned_optim.rule.orthogonalize`, also for the next six.
+            products. See :mod:`learned_optim.rule.orthogonalize`, also for the next seven.
         orthogonal_method: name out of ``POLAR_METHODS``.
         orthogonal_coefficients: of the method.
-        orthogonal_iterations: of the method; each costs six times the coordinates times the smaller side.
+        orthogonal_iterations: of the method.
+        orthogonal_block: matrices are cut into blocks of at most this many rows (columns, where those are fewer), each
+            orthogonalised by itself: a step then costs the same per parameter for matrices of any size; 0 leaves them
+            whole.
         orthogonal_aspect: matrices with this many rows per column or more, as large embeddings have, are left alone. A
             row of those belongs to one word, and most words are rare.
         orthogonal_damping: q, the power of the cosine between an update and what orthogonalising makes of it, over the
@@ -95,6 +98,7 @@ class PolicyConfig:
     orthogonal_method: str = "newton_schulz"
     orthogonal_coefficients: tuple[float, ...] = (3.4445, -4.7750, 2.0315)
     orthogonal_iterations: int = 3
+    orthogonal_block: int = 0
     orthogonal_aspect: float = 16.0
     orthogonal_damping: float = 0.0
     orthogonal_damping_threshold: float = 0.7
@@ -139,6 +143,7 @@ class PolicyConfig:
         require(0.0 < self.head_bound <= 10.0, "head_bound", "in (0, 10]")
         require(len(self.orthogonal_coefficients) > 0, "orthogonal_coefficients", "at least one number")
         require(1 <= self.orthogonal_iterations <= 20, "orthogonal_iterations", "between 1 and 20")
+        require(self.orthogonal_block >= 0, "orthogonal_block", "0 or more")
         require(0.001 < self.orthogonal_damping_threshold <= 1.0, "orthogonal_damping_threshold", "in (0.001, 1]")
         for name in ("gate_bound", "amplitude_bound"):
             require(1.0 <= getattr(self, name) <= 100.0, name, "in [1, 100]")
@@ -205,7 +210,7 @@ class PolicyConfig:
         """What is done to the update of a matrix."""
         return Orthogonalization(
             self.orthogonal, self.orthogonal_method, self.orthogonal_coefficients, self.orthogonal_iterations,
-            self.orthogonal_aspect, self.orthogonal_damping, self.orthogonal_damping_threshold,
+            self.orthogonal_block, self.orthogonal_aspect, self.orthogonal_damping, self.orthogonal_damping_threshold,
         )  # fmt: skip
 
     @property

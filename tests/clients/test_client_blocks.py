@@ -1,4 +1,4 @@
-"""The README's blocks for clients, each a whole script."""
+"""The blocks for clients in README.md and docs/, each a whole script."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ import sys
 import pytest
 
 from helpers import ROOT
-from helpers.scripts import readme_blocks
+from helpers.scripts import client_block
 
 
 @pytest.mark.parametrize("client", ["transformers", "accelerate", "lightning"])
-def test_the_readmes_block_runs(client, tmp_path):
+def test_the_documents_block_runs(client, tmp_path):
     pytest.importorskip(client)
-    ((_, code),) = readme_blocks("python", needs=client)
-    (tmp_path / "script.py").write_text(code, encoding="utf-8")
+    (tmp_path / "script.py").write_text(client_block(client), encoding="utf-8")
     path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
         [sys.executable, "script.py"], cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True,

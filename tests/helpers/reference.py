@@ -116,22 +116,36 @@ class ReferenceTensor:
         columns = len(d) // rows
         if rows >= config.orthogonal_aspect * columns:
             return d
-        matrix = [[d[i * columns + j] / length for j in range(columns)] for i in range(rows)]
-        first, third, fifth = config.orthogonal_coefficients
-        for _ in range(config.orthogonal_iterations):
+        matrix = [d[i * columns : (i + 1) * columns] for i in range(rows)]
+        polar = self.in_blocks(transposed(matrix)) if rows > columns else self.in_blocks(matrix)
+        o = [x for line in (transposed(polar) if rows > columns else polar) for x in line]
+        of_o = math.sqrt(sum(x * x for x in o))
+        mixed = [(1.0 - share) * x + share * y * length / of_o for x, y in zip(d, o, strict=True)]
+        of_mixed = math.sqrt(sum(x * x for x in mixed))
+        cosine = dot(d, o) / (length * of_o)
+        length *= min(1.0, cosine / config.orthogonal_damping_threshold) ** (config.orthogonal_damping * share)
+        return [x * length / of_mixed for x in mixed]
+
+    def in_blocks(self, matrix):
+        """The rows in blocks of equal size, each brought near to orthogonal by itself."""
+        blocks = math.ceil(len(matrix) / self.config.orthogonal_block) if self.config.orthogonal_block else 1
+        size = math.ceil(len(matrix) / blocks)
+        if blocks > 1:
+            size = min(8 * math.ceil(size / 8), self.config.orthogonal_block)
+        return [row for i in range(0, len(matrix), size) for row in self.polar(matrix[i : i + size])]
+
+    def polar(self, matrix):
+        length = math.sqrt(sum(x * x for line in matrix for x in line))
+        matrix = [[x / length for x in line] for line in matrix]
+        first, third, fifth = self.config.orthogonal_coefficients
+        for _ in range(self.config.orthogonal_iterations):
             square = product(matrix, transposed(matrix))
             once, twice = product(square, matrix), product(square, product(square, matrix))
             matrix = [
                 [first * x + third * y + fifth * z for x, y, z in zip(*lines, strict=True)]
                 for lines in zip(matrix, once, twice, strict=True)
             ]
-        o = [x for line in matrix for x in line]
-        of_o = math.sqrt(sum(x * x for x in o))
-        mixed = [(1.0 - share) * x + share * y * length / of_o for x, y in zip(d, o, strict=True)]
-        of_mixed = math.sqrt(sum(x * x for x in mixed))
-        cosine = dot(d, o) / (length * of_o)
-        length *= min(1.0, cosine / config.orthogonal_damping_threshold) ** config.orthogonal_damping
-        return [x * length / of_mixed for x in mixed]
+        return matrix
 
     def context(self, p, u, b, r, h1):
         """The 13 inputs of the tensor head."""

@@ -1,4 +1,4 @@
-"""Scripts of examples/ and tools/, run or imported, and the code in README.md."""
+"""Scripts of examples/ and tools/, run or imported, and the code in README.md and docs/."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from types import ModuleType
 from helpers import ROOT, TESTS
 
 RUN_AND_LEAVE = TESTS / "helpers" / "run_and_leave.py"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 _BLOCK = re.compile(r"(?:^<!-- needs (?P<needs>\w+) -->\n)?^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -46,7 +46,14 @@ def assert_learned_is_ahead(printed: list[str]) -> None:
     assert losses["LearnedOptimizer"] < losses["AdamW"]
 
 
-def readme_blocks(language: str, needs: str | None = None) -> list[tuple[int, str]]:
+def code_blocks(page: Path, language: str, needs: str | None = None) -> list[tuple[int, str]]:
     """Line number of the first line, and text, of the blocks in that language; of scripts, those that need a client."""
-    matches = [m for m in _BLOCK.finditer(README) if m[2] == language and m["needs"] == needs]
-    return [(README.count("\n", 0, m.start(3)) + 1, m[3]) for m in matches]
+    text = page.read_text(encoding="utf-8")
+    matches = [m for m in _BLOCK.finditer(text) if m[2] == language and m["needs"] == needs]
+    return [(text.count("\n", 0, m.start(3)) + 1, m[3]) for m in matches]
+
+
+def client_block(needs: str) -> str:
+    """The one script of all pages that needs this client."""
+    ((_, code),) = (block for page in PAGES for block in code_blocks(page, "python", needs=needs))
+    return code

@@ -83,12 +83,12 @@ def test_a_feature_of_the_cell_by_one_entry(monkeypatch):
 
 
 def test_a_polar_method_by_one_entry(monkeypatch):
-    def svd(x, coefficients, iterations):
-        u, _, v = torch.linalg.svd(x, full_matrices=False)
-        return u @ v
+    def exact(gram, coefficients, iterations):
+        values, vectors = torch.linalg.eigh(gram.double())
+        return (vectors * values.unsqueeze(1).rsqrt() @ vectors.mT).to(gram.dtype)
 
-    monkeypatch.setitem(POLAR_METHODS, "svd", svd)
-    policy = random_policy(PolicyConfig(orthogonal=1.0, orthogonal_method="svd"))
+    monkeypatch.setitem(POLAR_METHODS, "exact", exact)
+    policy = random_policy(PolicyConfig(orthogonal=1.0, orthogonal_method="exact"))
     (p,) = params = leaves((6, 5))
     before = p.detach().clone()
     run(make(params, policy, weight_decay=0.0), params, 1)

@@ -57,6 +57,7 @@ def test_large_weights_drive_every_bound_and_still_equal_the_transcription(seed)
         {"orthogonal": 0.5},
         {"orthogonal": 1.0, "orthogonal_iterations": 5},
         {"orthogonal": 0.7, "orthogonal_damping": 2.5},
+        {"orthogonal": 0.9, "orthogonal_block": 2, "orthogonal_damping": 1.0},
         {"orthogonal": 0.7, "orthogonal_damping": 2.5, "orthogonal_damping_threshold": 0.95},
         {"orthogonal": 0.7, "orthogonal_coefficients": (1.5, -0.5, 0.0), "orthogonal_iterations": 8},
     ],

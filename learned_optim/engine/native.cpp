@@ -1,0 +1,121 @@
+// The passes of a step over many tensors. native_library.py fills the gaps with what the rule says.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+struct bf16 { uint16_t raw; };
+%(types)s
+constexpr int64_t CHUNK = 1 << 14, LANES = 16, FEW = 1 << 17;
+
+// Of the OpenMP library that torch has loaded, whichever it is: a second one would fight with it for the cores.
+extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* data, unsigned threads, unsigned flags);
+#ifdef __clang__
+#define INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+template <class To, class From> static inline To bits(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
+template <class T> static inline R load(const T& x) { return R(x); }
+static inline R load(const bf16& x) { return R(bits<float>(uint32_t(x.raw) << 16)); }
+template <class T> static inline void store(T& to, R x) { to = T(x); }
+static inline void store(bf16& to, R value) {
+  const float x = float(value);
+  const uint32_t b = bits<uint32_t>(x);
+  to.raw = uint16_t(x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+
+static void measure_chunk(int64_t n, const P* param, const G* grad, %(few_arguments)s, const R* s, double* out) {
+  R lanes[%(sums)d][LANES] = {};
+  int64_t begin = 0;
+  for (; begin + LANES <= n; begin += LANES)
+    for (int64_t j = 0; j < LANES; j++) {
+      const int64_t i = begin + j;
+      %(few)s
+      %(measure)s
+      %(adds)s
+    }
+  for (int64_t i = begin, j = 0; i < n; i++, j++) {
+    %(few)s
+    %(measure)s
+    %(adds)s
+  }
+  for (int k = 0; k < %(sums)d; k++) {
+    out[k] = 0;
+    for (int64_t j = 0; j < LANES; j++) out[k] += lanes[k][j];
+  }
+}
+
+template <bool DIRECTION, class T>
+static void apply_chunk(int64_t n, T* target, const P* param, const G* grad, %(arguments)s, const R* s, const R* c,
+                        const R* w) {
+  INDEPENDENT
+  for (int64_t i = 0; i < n; i++) {
+    const R p = load(param[i]), g = load(grad[i]);
+    %(loads)s
+    %(apply)s
+    if (DIRECTION) store(target[i], %(direction)s); else store(target[i], %(moved)s);
+    %(stores)s
+  }
+}
+
+template <class Work> static void in_chunks(int64_t count, const int64_t* sizes, int threads, Work work) {
+  std::vector<int64_t> first(count + 1);
+  int64_t total = 0;
+  for (int64_t k = 0; k < count; k++) {
+    first[k + 1] = first[k] + (sizes[k] + CHUNK - 1) / CHUNK;
+    total += sizes[k];
+  }
+  std::atomic<int64_t> next{0};
+  auto run = [&] {
+    for (int64_t number; (number = next++) < first[count];) {
+      const int64_t k = std::upper_bound(first.begin(), first.end(), number) - first.begin() - 1;
+      const int64_t begin = (number - first[k]) * CHUNK;
+      work(k, number, begin, std::min(CHUNK, sizes[k] - begin));
+    }
+  };
+  if (threads > 1 && total > FEW && GOMP_parallel)
+    GOMP_parallel([](void* data) { (*(decltype(run)*)data)(); }, &run, threads, 0);
+  else
+    run();
+}
+
+extern "C" void measure(int64_t count, const int64_t* sizes, const int64_t* addresses, const double* scalars,
+                        const int64_t* which, double* sums, int threads) {
+  int64_t chunks = 0;
+  for (int64_t k = 0; k < count; k++) chunks += (sizes[k] + CHUNK - 1) / CHUNK;
+  std::vector<double> parts(chunks * %(sums)d);
+  in_chunks(count, sizes, threads, [&](int64_t k, int64_t number, int64_t begin, int64_t n) {
+    const int64_t* q = addresses + k * %(stride)d;
+    R s[%(scalars)d];
+    for (int i = 0; i < %(scalars)d; i++) s[i] = R(scalars[which[k] * %(scalars)d + i]);
+    measure_chunk(n, (const P*)q[0] + begin, (const G*)q[1] + begin, %(few_pointers)s, s, &parts[number * %(sums)d]);
+  });
+  const double* part = parts.data();
+  for (int64_t k = 0; k < count; k++) {
+    for (int i = 0; i < %(sums)d; i++) sums[i * count + k] = 0;
+    for (int64_t begin = 0; begin < sizes[k]; begin += CHUNK, part += %(sums)d)
+      for (int i = 0; i < %(sums)d; i++) sums[i * count + k] += part[i];
+  }
+}
+
+extern "C" void apply(int64_t count, const int64_t* sizes, const int64_t* addresses, const int64_t* targets,
+                      const double* scalars, const int64_t* which, const double* coefficients, int64_t columns,
+                      const double* weights, int threads) {
+  R w[%(weights)d];
+  for (int i = 0; i < %(weights)d; i++) w[i] = R(weights[i]);
+  in_chunks(count, sizes, threads, [&](int64_t k, int64_t, int64_t begin, int64_t n) {
+    const int64_t* q = addresses + k * %(stride)d;
+    R s[%(scalars)d], c[%(rows)d];
+    for (int i = 0; i < %(scalars)d; i++) s[i] = R(scalars[which[k] * %(scalars)d + i]);
+    for (int i = 0; i < %(rows)d; i++) c[i] = R(coefficients[i * columns + k]);
+    const P* p = (const P*)q[0] + begin;
+    const G* g = (const G*)q[1] + begin;
+    if (targets) apply_chunk<true>(n, (R*)targets[k] + begin, p, g, %(pointers)s, s, c, w);
+    else apply_chunk<false>(n, (P*)q[0] + begin, p, g, %(pointers)s, s, c, w);
+  });
+}
+%(heads)s
