@@ -96,6 +96,7 @@ class AutoBackend:
     def _fail(self, error: CompilationError) -> None:
         self._failed = True
         self.head.native.clear()
+        self.head.moves.clear()
         self._compile = dict.fromkeys(self._compile, False)
         self._reasons = {f"eager (compilation failed: {error})": None}
         _warn_once(str(error))

@@ -69,6 +69,8 @@ class TensorHead:
         self.config = config
         self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
         self.compiled: dict[torch.device, Callable] = {}  #: in place of :func:`head_pass`
+        #: Moves parameters of a dtype along directions, on CPUs.
+        self.moves: dict[torch.dtype, Callable[[list[ParamState], list[Tensor]], None]] = {}
         self.native: dict[torch.dtype, HeadPass] = {}  #: in place of all of it, on CPUs, by the dtype of the arithmetic
         self._weights: dict[torch.device, dict[str, Tensor]] = {}
         self._buffers: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}

@@ -118,4 +118,21 @@ extern "C" void apply(int64_t count, const int64_t* sizes, const int64_t* addres
     else apply_chunk<false>(n, (P*)q[0] + begin, p, g, %(pointers)s, s, c, w);
   });
 }
+
+// Parameters that wait for their directions, of the arithmetic's type, to be orthogonalised.
+extern "C" void move_along(int64_t count, const int64_t* sizes, const int64_t* params, const int64_t* directions,
+                           const double* scalars, const int64_t* which, int threads) {
+  in_chunks(count, sizes, threads, [&](int64_t k, int64_t, int64_t begin, int64_t n) {
+    R s[%(scalars)d];
+    for (int i = 0; i < %(scalars)d; i++) s[i] = R(scalars[which[k] * %(scalars)d + i]);
+    P* target = (P*)params[k] + begin;
+    const R* direction = (const R*)directions[k] + begin;
+    #pragma GCC ivdep
+    for (int64_t i = 0; i < n; i++) {
+      const R p = load(target[i]), d = direction[i];
+      %(move)s
+      store(target[i], %(there)s);
+    }
+  });
+}
 %(heads)s

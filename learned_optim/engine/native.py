@@ -55,6 +55,7 @@ class NativeBackend:
             dtype = arithmetic_dtype(form.param)
             if dtype not in self.head.native:
                 self.head.native[dtype] = _NativeHead(self.head, made, dtype)
+            self.head.moves.setdefault(form.param, partial(_move_along, made))
 
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
         kinds: dict[tuple[Format, bool], list[ParamState]] = {}
@@ -252,6 +253,17 @@ class _HeadGroup(_Same):
     def copy_out(self) -> None:
         for t, copy in self._copies:
             t.copy_(copy)
+
+
+def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Tensor]) -> None:
+    """Move contiguous parameters of one dtype along contiguous directions."""
+    contexts, which = contexts_of(params)
+    scalars = array("d", [float(x) for context in contexts for x in context.scalars])
+    sizes = array("q", [p.numel for p in params])
+    targets = array("q", [p.param.data_ptr() for p in params])
+    along = array("q", [d.data_ptr() for d in directions])
+    threads = torch.get_num_threads()
+    lib.move_along(len(params), at(sizes), at(targets), at(along), at(scalars), at(which), threads)
 
 
 def flat_weights(head: TensorHead, names: Iterable[str]) -> Tensor:

@@ -196,6 +196,10 @@ def _source(kind: Kind) -> str:
         applied, (scalar(), scalar(), some(state), some(_SCALARS), some(rows), some(count)),
         names("p", "g", *x, *scalars, *(f"c[{i}]" for i in range(rows)), *(f"w[{i}]" for i in range(count))), "a",
     )  # fmt: skip
+    move, (there,) = generate(
+        lambda p, d, scalars: [update.move(p, d, StepScalars(*scalars))], (scalar(), scalar(), some(_SCALARS)),
+        names("p", "d", *scalars), "v",
+    )  # fmt: skip
     storage = [_STORAGE[dtype] for dtype in kind.dtypes]
     arguments = ", ".join(f"{t}* X{i}" for i, t in enumerate(storage[2:]))
     loads = " ".join(f"const R x{i} = load(X{i}[i]);" for i in range(state))
@@ -211,6 +215,7 @@ def _source(kind: Kind) -> str:
         "few_arguments": ", ".join(f"const {t}* X{i}" for i, t in enumerate(storage[2:_MEASURED])),
         "few_pointers": ", ".join(f"(const {t}*)q[{i + 2}] + begin" for i, t in enumerate(storage[2:_MEASURED])),
         "few": few, "measure": measure, "adds": adds, "arguments": arguments, "loads": loads, "apply": apply,
+        "move": move, "there": there.item(),
         "direction": results[0].item(), "moved": results[1].item(), "stores": stores, "pointers": pointers,
         "rows": rows, "weights": count, "scalars": _SCALARS, "sums": _SUMS, "stride": 2 + state,
         "heads": "\n".join(_head(config, guarded) for guarded in {False, CELLS[config.cell].is_mixture}),
@@ -263,6 +268,7 @@ _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "measure": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
     "apply": [_COUNT, *[_ADDRESS] * 6, _COUNT, _ADDRESS, ctypes.c_int],
+    "move_along": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
     "head": [_COUNT, *[_ADDRESS] * 9],
     "guarded_head": [_COUNT, *[_ADDRESS] * 9],
 }

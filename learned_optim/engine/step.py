@@ -152,7 +152,7 @@ def _run_shards(backend: Backend, params: list[ParamState], shards: Shards, repo
     for index, shape in shards.shapes.items():
         if (matrix_shape := settings.matrix_shape(shape)) is not None:
             d = torch.zeros(matrix_shape, dtype=shards.dtypes[index], device=shards.device)
-            report.length_factors.extend(_orthogonalize_shard(settings, d, matrices.get(index), shards))
+            report.length_factors.extend(_orthogonalize_shard(backend.head, d, matrices.get(index), shards))
 
 
 class _Matrix(NamedTuple):
@@ -184,7 +184,7 @@ class _Alike(NamedTuple):
 
     @classmethod
     def of(cls, settings: Orthogonalization, matrices: list[_Matrix]) -> Iterator[_Alike]:
-        for indices in indices_by((m.param.param.shape, m.d.dtype) for m in matrices).values():
+        for indices in indices_by((m.param.param.shape, m.param.param.dtype) for m in matrices).values():
             first = matrices[indices[0]]
             shape = first.param.param.shape[0], first.param.numel // first.param.param.shape[0]
             at_once = max(1, limit(MULTIPLIED, first.d.device) // first.param.numel)
@@ -209,11 +209,11 @@ def _orthogonalize_and_move(head: TensorHead, matrices: list[_Matrix]) -> Iterat
             share = torch.cat([share for g in same for share in g.shares]).to(gram.dtype)
         scales, factors = block_scales(settings, gram, len(params), share)
         for g, scale in zip(same, scales.split([len(g.blocks) for g in same]), strict=True):
-            _move_along_blocks(g, scale)
+            _move_along_blocks(head, g, scale)
         yield LengthFactors([p.param_index for p in params], factors)
 
 
-def _move_along_blocks(alike: _Alike, scale: Tensor) -> None:
+def _move_along_blocks(head: TensorHead, alike: _Alike, scale: Tensor) -> None:
     """Move parameters along S_b X_b; a large one in a single pass over its memory."""
     (count, rows, columns), x = alike.shape, alike.blocks
     param = alike.params[0].param.detach()
@@ -224,16 +224,14 @@ def _move_along_blocks(alike: _Alike, scale: Tensor) -> None:
         scalars: Any = alike.params[0].context.scalars
         matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=scalars.retained, alpha=-scalars.lr)
     else:
-        _move(alike.params, from_blocks(scale @ x, (count, rows, columns)))
+        _move(head, alike.params, from_blocks(scale @ x, (count, rows, columns)))
 
 
-def _orthogonalize_shard(
-    settings: Orthogonalization, d: Tensor, here: _Matrix | None, shards: Shards
-) -> Iterator[LengthFactors]:
+def _orthogonalize_shard(head: TensorHead, d: Tensor, here: _Matrix | None, shards: Shards) -> Iterator[LengthFactors]:
     """Add up a matrix of all processes, orthogonalise it, and move the part that is here.
 
     Args:
-        settings: of the policy.
+        head: the policy's.
         d: zeros, [rows, columns] of the whole matrix.
         here: ``None`` where this process holds nothing of it, or no gradient.
         shards: adds up.
@@ -245,13 +243,17 @@ def _orthogonalize_shard(
     (row, column), (rows, width) = here.param.origin, part.shape
     d[row : row + rows, column : column + width].copy_(part)
     shards.add_up(d)
-    whole, factor = orthogonalize(settings, d.unsqueeze(0), here.share.to(d.dtype))
-    _move([here.param], whole[:, row : row + rows, column : column + width])
+    whole, factor = orthogonalize(head.config.orthogonalization, d.unsqueeze(0), here.share.to(d.dtype))
+    _move(head, [here.param], whole[:, row : row + rows, column : column + width])
     yield LengthFactors([here.param.param_index], factor)
 
 
-def _move(params: Sequence[ParamState], d: Tensor) -> None:
+def _move(head: TensorHead, params: Sequence[ParamState], d: Tensor) -> None:
     """Move parameters of one shape and dtype along d, [len(params), ...]."""
+    move = head.moves.get(params[0].format.param)
+    if move is not None and d.device.type == "cpu" and all(p.param.is_contiguous() for p in params):
+        move(list(params), list(d.contiguous().unbind()))
+        return
     tensors = [p.param.detach() for p in params]
     before = stacked_tensors(tensors).to(d.dtype)
     scalars = [p.context.scalars for p in params]

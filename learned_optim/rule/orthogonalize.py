@@ -32,7 +32,6 @@ from torch import Tensor
 from learned_optim.rule.layouts import WholeLayout, indices_by
 from learned_optim.rule.types import Spread
 
-
 #: Sizes of blocks are multiples of this, if they can be.
 EVEN = 8
 
@@ -146,9 +145,11 @@ def block_scales(settings: Orthogonalization, gram: Tensor, matrices: int, share
     """
 
     def per_matrix(of_blocks: Tensor) -> Tensor:
-        return of_blocks.view(matrices, -1).sum(1)
+        return of_blocks if len(gram) == matrices else of_blocks.view(matrices, -1).sum(1)
 
     def per_block(of_matrices: Tensor) -> Tensor:
+        if len(gram) == matrices:
+            return of_matrices.view(-1, 1, 1)
         return of_matrices.unsqueeze(1).expand(matrices, len(gram) // matrices).reshape(-1, 1, 1)
 
     tiny = torch.finfo(gram.dtype).tiny  # keeps what is zero at zero, and roots differentiable there

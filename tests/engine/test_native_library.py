@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 
 import pytest
 import torch
@@ -249,7 +250,9 @@ def test_a_forked_process_goes_on_with_the_kernels_of_its_parent():
     others = copies(params)
     read, write = os.pipe()
     give_gradients(params, 1)
-    child = os.fork()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Python's, of threads
+        child = os.fork()
     if child == 0:
         optimizer.step()
         os.write(write, repr([p.double().sum().item() for p in params]).encode())

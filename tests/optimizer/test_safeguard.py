@@ -125,9 +125,10 @@ def test_compiled_kernels_are_guarded_alike():
         torch.testing.assert_close(p, q, rtol=1e-4, atol=1e-5)
 
 
-def test_a_gradient_that_is_not_a_number_takes_all_trust():
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_gradient_that_is_not_a_number_takes_all_trust(backend):
     params = leaves((4, 4))
-    optimizer = make(params, safeguard=True)
+    optimizer = make(params, safeguard=True, backend=backend)
     for _ in range(30):
         give_gradients(params, 0)
         optimizer.step()

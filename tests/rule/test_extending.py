@@ -11,7 +11,7 @@ import torch
 from helpers.rule_checks import assert_follows_reference
 from helpers.support import assert_same_bits, leaves, make, random_policy, run
 from learned_optim import Policy, PolicyConfig, rule
-from learned_optim.engine import kernels
+from learned_optim.engine import native_library
 from learned_optim.rule.cells import CELLS, Cell
 from learned_optim.rule.context import CONTEXT, DEFAULT_CONTEXT, ContextFeature
 from learned_optim.rule.features import DEFAULT_FEATURES, FEATURES
@@ -141,13 +141,17 @@ def test_a_cell_by_one_class_and_one_entry(monkeypatch):
         PolicyConfig(cell="sign", **options)
 
 
-def test_kernels_on_disk_are_known_by_the_whole_rule(monkeypatch, tmp_path):
-    kind = kernels.Kind(PolicyConfig(), "cpu", (torch.float32,) * 4)
-    folder = shutil.copytree(next(iter(rule.__path__)), tmp_path / "rule", ignore=shutil.ignore_patterns("__pycache__"))
-    keys = []
-    for path in [None, *sorted(Path(folder).glob("*.py"))]:
-        if path is not None:
-            path.write_text(path.read_text(encoding="utf-8") + "\n# changed\n", encoding="utf-8")
-        monkeypatch.setattr(rule, "__path__", [str(folder)])
-        keys.append(kernels._key(kernels._Apply(kind)))
-    assert len(set(keys)) == len(keys) > 10
+def test_kernels_on_disk_are_known_by_all_that_rule_and_engine_say(monkeypatch, tmp_path):
+    kind = native_library.Kind(PolicyConfig(), (torch.float32,) * 4)
+    here = Path(*rule.__path__)
+    for folder in (here, here.parent / "engine"):
+        shutil.copytree(folder, tmp_path / folder.name, ignore=shutil.ignore_patterns("__pycache__"))
+    monkeypatch.setattr(rule, "__path__", [str(tmp_path / "rule")])
+    monkeypatch.setattr(native_library, "__file__", str(tmp_path / "engine" / "native_library.py"))
+    keys = [native_library._key(kind)]
+    files = [path for path in sorted(tmp_path.rglob("*")) if path.is_file()]
+    assert {"update.py", "native.cpp", "codegen.py"} <= {path.name for path in files}
+    for path in files:
+        path.write_text(path.read_text(encoding="utf-8") + "\n", encoding="utf-8")
+        keys.append(native_library._key(kind))
+    assert len(set(keys)) == len(keys) > 25
