@@ -345,7 +345,6 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "sizes": _sizes, "tasks": _count, "elementwise": _elementwise,
     "bytes": _bytes(4), "bytes_bfloat16": _bytes(2), "bytes_elementwise": _bytes(4, "elementwise_config"),
     "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
-    "over_muon_tuned": _summary("speedup over Muon, tuned, geometric mean, lr tuned too"),
     "muon_lower": _muon_lower,
 }  # fmt: skip
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from helpers.command_line import run_command
-from helpers.optimizer_checks import assert_resumes_bit_exactly
+from helpers.optimizer_checks import assert_arithmetic_is_float32, assert_resumes_bit_exactly
 from helpers.param_changes import CHANGES, assert_a_step_goes_by_what_is_there_now
 from helpers.support import (
     DTYPES,
@@ -172,6 +172,16 @@ def test_compiled_and_eager_agree_on_all_dtypes(dtype, state_dtype, policy):
         torch.testing.assert_close(a.double(), b.double(), rtol=2e-2 if low else 2e-5, atol=2e-3 if low else 2e-6)
         for (name, mine), theirs in zip(optimizers[1].state[a].items(), optimizers[0].state[b].values(), strict=True):
             assert mine.dtype == theirs.dtype, name
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("policy", BOTH)
+def test_parameters_of_two_bytes_are_computed_in_float32_and_rounded_as_torch_does(policy, dtype):
+    params = leaves((40, 50), (), (70_000,), dtype=dtype)
+    with torch.no_grad():  # subnormal numbers, the largest, halves of a unit in the last place
+        params[2][:6] = torch.tensor([6e-8, -3e-5, 65000.0, 0.0, -0.0, 1.0])
+    reference = [p.detach().float().requires_grad_() for p in params]
+    assert_arithmetic_is_float32(params, reference, policy, lr=0.05, backend="compiled")
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64, torch.bfloat16])
