@@ -7,6 +7,7 @@
 #include <vector>
 
 struct bf16 { uint16_t raw; };
+struct half { uint16_t raw; };  // not every compiler has _Float16
 %(types)s
 constexpr int64_t CHUNK = 1 << 14, LANES = 16, FEW = 1 << 17;
 
@@ -21,11 +22,23 @@ extern "C" __attribute__((weak)) void GOMP_parallel(void (*work)(void*), void* d
 template <class To, class From> static inline To bits(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
 template <class T> static inline R load(const T& x) { return R(x); }
 static inline R load(const bf16& x) { return R(bits<float>(uint32_t(x.raw) << 16)); }
+static inline R load(const half& x) {
+  const uint32_t sign = uint32_t(x.raw & 0x8000) << 16, rest = uint32_t(x.raw & 0x7fff) << 13;
+  const uint32_t scaled = bits<uint32_t>(bits<float>(rest) * 0x1p112f);  // exponents are biased by 15, not by 127
+  return R(bits<float>(sign | scaled | (rest >= 0x0f800000 ? 0x7f800000 : 0)));
+}
 template <class T> static inline void store(T& to, R x) { to = T(x); }
 static inline void store(bf16& to, R value) {
   const float x = float(value);
   const uint32_t b = bits<uint32_t>(x);
   to.raw = uint16_t(x != x ? 0x7fc0 : (b + 0x7fff + ((b >> 16) & 1)) >> 16);
+}
+static inline void store(half& to, R value) {
+  const uint32_t b = bits<uint32_t>(float(value)), sign = b >> 16 & 0x8000, rest = b & 0x7fffffff;
+  const uint32_t normal = (rest - 0x38000000 + 0xfff + (rest >> 13 & 1)) >> 13;  // the largest round to infinity
+  const uint32_t small = bits<uint32_t>(bits<float>(rest) + 0.5f) - 0x3f000000;  // a sum that has steps of 2^-24
+  const uint32_t large = rest > 0x7f800000 ? 0x7e00 : 0x7c00;
+  to.raw = uint16_t(sign | (rest < 0x38800000 ? small : rest < 0x47800000 ? normal : large));
 }
 
 static void measure_chunk(int64_t n, const P* param, const G* grad, %(few_arguments)s, const R* s, double* out) {

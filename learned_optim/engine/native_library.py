@@ -272,4 +272,4 @@ _ARGUMENTS = {
     "head": [_COUNT, *[_ADDRESS] * 9],
     "guarded_head": [_COUNT, *[_ADDRESS] * 9],
 }
-_STORAGE = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "_Float16"}
+_STORAGE = {torch.float64: "double", torch.float32: "float", torch.bfloat16: "bf16", torch.float16: "half"}

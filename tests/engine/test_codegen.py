@@ -111,7 +111,7 @@ TO_ROUNDING = {
     "sigmoid": lambda x: x.sigmoid(),
     "pow": lambda x, y: x.abs() ** y,
     "power of a number": lambda x: 2.5**x,
-    "root": lambda x: x**0.5,
+    "root": lambda x: x.abs() ** 0.5,
     "bounded_ratio": lambda x: ops.bounded_ratio(x, 4.0),
     "add_product": lambda x, y, z: ops.add_product((x * y).abs(), z.abs(), y.abs()),
 }
