@@ -49,9 +49,9 @@ class LearnedOptimizer(Optimizer):
             d   = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q x)
             d   = (1 - kappa) d where d u < 0                                       caution
             if d is a matrix, and the policy orthogonalises with share w:
-                o = polar(d) |d| / |polar(d)|,   c = <d, o> / |d|^2                 |.|: Frobenius norm
+                o = polar(d) |d| / |polar(d)|,   c = <d, o> / |d|^2                 by blocks; |.|: Frobenius norm
                 e = d + w (o - d)
-                d = e |d| / |e| min(1, c / 0.7)^q                                   damped where it turns far
+                d = e |d| / |e| min(1, c / 0.7)^(q w)                               damped where it turns far
             p   = p - lr weight_decay p - lr d
 
     ``lr`` has Adam's unit and scales the whole update; an existing learning rate and schedule carry over, but the
@@ -68,9 +68,11 @@ class LearnedOptimizer(Optimizer):
             A bundled name touches no network.
         revision: branch, tag or commit of a Hub id.
         maximize: ascend instead of descend.
-        backend: ``"eager"``, ``"compiled"`` or ``"auto"``; :attr:`backend` says what is used.
-        state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 14 bytes per parameter.
-            ``None``: float32, and float64 for float64 parameters: 24 bytes per parameter in float32.
+        backend: ``"compiled"`` runs C++ that is generated from the rule and compiled once per machine (on GPUs: what
+            ``torch.compile`` makes), ``"eager"`` plain torch operations. ``"auto"`` compiles where there is a compiler
+            and, on GPUs, a million parameters or more; :attr:`backend` says what is used.
+        state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 8 bytes per parameter with
+            ``default``. ``None``: float32, and float64 for float64 parameters: 12 bytes per parameter in float32.
         safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's as its gradients agree with
             the way taken so far; where they turn against it, it falls back to AdamW's. Every update is a mixture of
             the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by its policy).

@@ -74,6 +74,7 @@ def test_the_wheel_holds_the_bundled_policy_the_type_marker_and_the_licence(whee
     for name in FILES:
         assert f"learned_optim/pretrained/default/{name}" in names
     assert "learned_optim/py.typed" in names
+    assert {"learned_optim/engine/native.cpp", "learned_optim/engine/native_head.cpp"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert {name.split("/")[0] for name in names} == {"learned_optim", f"learned_optim-{__version__}.dist-info"}
 
