@@ -165,7 +165,8 @@ def architecture(config: PolicyConfig, weights: Mapping[str, Tensor]) -> list[st
     start = " + ".join(f"{weight:g}·{name}" for name, weight in mixture.items())
     return [
         "",
-        f"- cell: {config.cell}, {config.hidden_size} hidden units per coordinate, beside Adam's two moments",
+        f"- cell: {config.cell}, {config.hidden_size} hidden unit{'s' * (config.hidden_size > 1)} per coordinate, beside "
+        "Adam's two moments",
         f"- meta-parameters: {count}" + ("" if trained else ", all of them zero: the rule is its base mixture"),
         f"- base mixture: {config.step_scale:g}·lr·({start}), caution {config.caution:g}",
         *([_orthogonalised(config)] if config.orthogonal else []),
@@ -177,6 +178,8 @@ def architecture(config: PolicyConfig, weights: Mapping[str, Tensor]) -> list[st
 def _orthogonalised(config: PolicyConfig) -> str:
     method = config.orthogonal_method.replace("_", "-")
     how = f"by {config.orthogonal:g} ({method}, {config.orthogonal_iterations} iterations)"
+    if config.orthogonal_block:
+        how += f" in blocks of at most {config.orthogonal_block} rows"
     if config.orthogonal_damping:
         how += f", damped by (cosine / {config.orthogonal_damping_threshold:g})^{config.orthogonal_damping:g}"
     return f"- matrices: orthogonalised {how}; not those of {config.orthogonal_aspect:g} rows per column or more"

@@ -251,6 +251,35 @@ def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their
         assert_same_bits(state_tensors(one, [p]), state_tensors(optimizer, [q]))
 
 
+@pytest.mark.parametrize("policy", BOTH)
+def test_groups_of_other_hyperparameters_and_tensors_at_other_steps_side_by_side(policy):
+    shapes = [(40, 30), (7,), (), (33,), (20, 50), (2 * CHUNK,)]
+    options = [
+        {
+            "lr": 1e-2 / (i + 1),
+            "weight_decay": 0.2 * i,
+            "betas": (0.5 + 0.1 * i, 0.99),
+            "maximize": i == 1,
+            "eps": 10.0**-i,
+        }
+        for i in range(3)
+    ]
+    together, alone, plain = (leaves(*shapes) for _ in range(3))
+    groups = [[{"params": ps[i::3], **options[i]} for i in range(3)] for ps in (together, plain)]
+    optimizer, eager = compile_(groups[0], policy), make(groups[1], policy)
+    separate = [compile_([p], policy, **options[i % 3]) for i, p in enumerate(alone)]
+    for step in range(4):
+        for params, optimizers in ((together, [optimizer]), (plain, [eager]), (alone, separate)):
+            give_gradients(params, step)
+            for i, p in enumerate(params):
+                p.grad = p.grad if i % 4 <= step else None
+            for one in optimizers:
+                one.step()
+    assert_same_bits(together, alone)
+    for a, b in zip(together, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=4e-6)
+
+
 def test_bits_do_not_depend_on_how_many_tensors_there_are():
     """The head's loop over tensors, for numbers that are no multiple of a SIMD vector's."""
     shapes = [(n % 37 + 1,) if n % 3 else (n, 7) for n in range(1, 36)]

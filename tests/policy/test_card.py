@@ -112,6 +112,8 @@ def test_the_card_says_whether_anything_was_learned() -> None:
     assert "all of them zero: the rule is its base mixture" in card_of(Policy())
     assert "zero" not in card_of(learned)
     assert "cell: gru, 3 hidden units" in card_of(Policy(PolicyConfig.gru(hidden_size=3)))
+    assert "cell: gru, 1 hidden unit per" in card_of(Policy(PolicyConfig.gru(hidden_size=1)))
+    assert "in blocks of at most 64 rows" in card_of(Policy(PolicyConfig(orthogonal=1.0, orthogonal_block=64)))
 
 
 def test_a_card_without_repository_names_the_bundled_policy_or_a_folder() -> None:
