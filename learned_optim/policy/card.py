@@ -165,8 +165,8 @@ def architecture(config: PolicyConfig, weights: Mapping[str, Tensor]) -> list[st
     start = " + ".join(f"{weight:g}·{name}" for name, weight in mixture.items())
     return [
         "",
-        f"- cell: {config.cell}, {config.hidden_size} hidden unit{'s' * (config.hidden_size > 1)} per coordinate, beside "
-        "Adam's two moments",
+        f"- cell: {config.cell}, {config.hidden_size} hidden unit{'s' * (config.hidden_size > 1)} per coordinate, "
+        "beside Adam's two moments",
         f"- meta-parameters: {count}" + ("" if trained else ", all of them zero: the rule is its base mixture"),
         f"- base mixture: {config.step_scale:g}·lr·({start}), caution {config.caution:g}",
         *([_orthogonalised(config)] if config.orthogonal else []),
