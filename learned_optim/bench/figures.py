@@ -48,6 +48,11 @@ class Comparison:
         ours, its = self.held_out_loss, self.reference_held_out_loss
         return ours / its if ours is not None and its is not None and ours > 0.0 and its > 0.0 else None
 
+    @property
+    def time_speedup(self) -> float | None:
+        """Speedup in processor time: that in steps over the time that a step takes, over the reference's."""
+        return self.speedup / self.time_ratio if self.speedup is not None and self.time_ratio is not None else None
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -63,6 +68,7 @@ class Summary:
         held_out_speedup: geometric mean.
         held_out_ratio: held-out loss at the end over the reference's, geometric mean over the tasks that have both.
         time_ratio: seconds per step over the reference's, geometric mean.
+        time_speedup: speedup in processor time, geometric mean.
         diverged: runs that did.
         reference_diverged: the reference's.
     """
@@ -76,6 +82,7 @@ class Summary:
     held_out_speedup: float | None
     held_out_ratio: float | None
     time_ratio: float | None
+    time_speedup: float | None
     diverged: int
     reference_diverged: int
 
@@ -112,6 +119,7 @@ def summarise(comparisons: Sequence[Comparison]) -> Summary:
         _mean(_known([c.held_out_speedup for c in comparisons])),
         _mean(_known([c.held_out_ratio for c in comparisons])),
         _mean(_known([c.time_ratio for c in comparisons])),
+        _mean(_known([c.time_speedup for c in comparisons])),
         sum(c.diverged for c in comparisons), sum(c.reference_diverged for c in comparisons),
     )  # fmt: skip
 

@@ -57,10 +57,12 @@ def summary_table(result: QualityResult) -> list[str]:
         rows.append([
             c.name, _plus_minus(s), *(_ratio(over[name].speedup) if name in over else "–" for name in others),
             f"{_ratio(s.worst)} ({s.worst_task})" if s.worst else "–", f"{s.losses} of {s.tasks}",
-            _ratio(s.held_out_speedup), _percent(s.held_out_ratio), _ratio(s.time_ratio), str(s.diverged),
+            _ratio(s.held_out_speedup), _percent(s.held_out_ratio), _ratio(s.time_ratio), _ratio(s.time_speedup),
+            str(s.diverged),
         ])  # fmt: skip
     head = ["", f"speedup over {REFERENCE}", *(f"over {name}" for name in others), "worst task", "tasks lost",
-            "held-out speedup", "held-out loss at the end", "time per step", "diverged runs"]  # fmt: skip
+            "held-out speedup", "held-out loss at the end", "time per step", "speedup in time",
+            "diverged runs"]  # fmt: skip
     return _table(head, rows)
 
 
@@ -75,12 +77,12 @@ def task_table(result: QualityResult, contender: Contender) -> list[str]:
         rows.append([
             c.task, str(task.steps), "diverged" if c.diverged else _ratio(c.speedup) + spread,
             _ratio(c.held_out_speedup), _number(c.loss), _number(c.reference_loss),
-            _number(c.held_out_loss), _number(c.reference_held_out_loss), _ratio(c.time_ratio),
+            _number(c.held_out_loss), _number(c.reference_held_out_loss), _ratio(c.time_ratio), _ratio(c.time_speedup),
             str(task.choices[REFERENCE].setting),
         ])  # fmt: skip
     head = ["task", "steps", "speedup", "held-out speedup", "loss", "AdamW's", "held-out loss", "AdamW's",
-            "time per step", "AdamW's best setting"]  # fmt: skip
-    return _table(head, rows, left=(0, 9))
+            "time per step", "speedup in time", "AdamW's best setting"]  # fmt: skip
+    return _table(head, rows, left=(0, 10))
 
 
 def ablation_table(result: QualityResult) -> list[str]:
@@ -152,6 +154,7 @@ def _summary(result: QualityResult, contender: Contender) -> dict[str, float | s
             summary["held-out speedup, geometric mean"] = s.held_out_speedup
             summary["held-out loss at the end, over the reference's, geometric mean"] = s.held_out_ratio
             summary["time per step, over the reference's"] = s.time_ratio
+            summary["speedup in time, geometric mean"] = s.time_speedup
     tuned = [c for c in result.contenders if c.role == "learned, tuned" and c.label == contender.label]
     for c in tuned:
         for name in baselines:
