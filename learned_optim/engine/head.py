@@ -87,7 +87,7 @@ class TensorHead:
             self.native.get(dtype, self._run)([params[i] for i in some], TensorSums(*(s[some] for s in sums)))
             for dtype, some in zip(dtypes, indices, strict=True)
         ]
-        order = torch.tensor([i for some in indices for i in some]).argsort()
+        order = torch.tensor([i for some in indices for i in some], device="cpu").argsort()
         stacked = torch.cat([stacked for stacked, _ in parts], 1)[:, order].contiguous()
         return stacked, [record for _, records in parts for record in records]
 

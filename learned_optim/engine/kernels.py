@@ -51,7 +51,7 @@ class Kind(NamedTuple):
 
 
 class Kernels(NamedTuple):
-    """The two passes over R rows. Tensors are [R, WIDTH], contiguous; ``scalars`` [R, 8], see :class:`StepScalars`.
+    """The two passes over R rows. Tensors are [R, WIDTH], contiguous; ``scalars`` [R, 9], see :class:`StepScalars`.
 
     ``measure([param, grad, exp_avg, exp_avg_sq, hidden_0, scalars])`` returns ``[sums]``, [7, R].
     ``apply([param, grad, *state, scalars, coefficients, weights])`` writes the update into its first arguments;

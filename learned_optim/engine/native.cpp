@@ -7,7 +7,7 @@
 #include <vector>
 
 struct bf16 { uint16_t raw; };
-struct half { uint16_t raw; };  // not every compiler has _Float16
+struct half { uint16_t raw; };  // not _Float16: some compilers have none, and GCC 12 makes no SIMD code of it
 %(types)s
 constexpr int64_t CHUNK = 1 << 14, LANES = 16, FEW = 1 << 17;
 
@@ -140,7 +140,7 @@ extern "C" void move_along(int64_t count, const int64_t* sizes, const int64_t* p
     for (int i = 0; i < %(scalars)d; i++) s[i] = R(scalars[which[k] * %(scalars)d + i]);
     P* target = (P*)params[k] + begin;
     const R* direction = (const R*)directions[k] + begin;
-    #pragma GCC ivdep
+    INDEPENDENT
     for (int64_t i = 0; i < n; i++) {
       const R p = load(target[i]), d = direction[i];
       %(move)s

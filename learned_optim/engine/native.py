@@ -119,7 +119,6 @@ class _Group(_Same):
         self.addresses = array("q", [t.data_ptr() for p in params for t in p.tensors])
         self.stride = len(params[0].tensors)
         self._contiguous = all(t.is_contiguous() for p in params for t in (p.param, *p.state_tensors))
-        self.versioned = not any(p.param.is_inference() for p in params)
 
     def in_order(self, params: list[ParamState]) -> bool:
         """Whether all tensors lie in the order of their indices."""
@@ -180,9 +179,8 @@ class _Native:
         )  # fmt: skip
         for flat in self.flats:
             flat.write_back()
-        if not self.as_matrices and self.group.versioned:
-            for p in self.params:  # or autograd would not see that what it has saved has changed
-                increment_version(p.param)
+        if not self.as_matrices:
+            _have_changed(self.params)
         return directions
 
 
@@ -264,6 +262,14 @@ def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Ten
     along = array("q", [d.data_ptr() for d in directions])
     threads = torch.get_num_threads()
     lib.move_along(len(params), at(sizes), at(targets), at(along), at(scalars), at(which), threads)
+    _have_changed(params)
+
+
+def _have_changed(params: list[ParamState]) -> None:
+    """Tell autograd, which must not use what it has saved of them."""
+    for p in params:
+        if not p.param.is_inference():  # those have no version
+            increment_version(p.param)
 
 
 def flat_weights(head: TensorHead, names: Iterable[str]) -> Tensor:

@@ -140,12 +140,11 @@ class FlatViews:
     """
 
     def __init__(self, param: ParamState, in_order: bool = False) -> None:
-        self.originals = originals = param.tensors
+        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
+        self.originals = originals = (param.param.detach(), param.grad, *param.state_tensors)
         contiguous = all(t.is_contiguous() for t in originals)
         self.copied = not (contiguous or (not in_order and _share_order(originals)))
-        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
-        in_place = (param.param.detach(), *originals[1:])
-        self.tensors = tuple(t.contiguous() for t in originals) if self.copied else in_place
+        self.tensors = tuple(t.contiguous() for t in originals) if self.copied else originals
 
     @property
     def vectors(self) -> list[Tensor]:

@@ -27,8 +27,9 @@ class StepScalars(NamedTuple):
 
     lr: Spread
     retained: Spread  #: 1 - lr weight_decay
-    beta1: Spread
     beta2: Spread
+    rest1: Spread  #: 1 - beta1, not from a rounded beta1
+    rest2: Spread  #: 1 - beta2
     eps: Spread
     bias_correction1: Spread  #: 1 - beta1^t
     root_bias_correction2: Spread  #: sqrt(1 - beta2^t)
@@ -41,8 +42,9 @@ class StepScalars(NamedTuple):
         # With eps = 0 a gradient that was always zero would be 0 / 0.
         eps = eps.clamp(min=1e-20) if isinstance(eps, Tensor) else max(eps, 1e-20)
         return cls(
-            lr, 1.0 - lr * weight_decay, beta1, beta2, eps, 1.0 - beta1**step, (1.0 - beta2**step) ** 0.5, 1.0 / step
-        )
+            lr=lr, retained=1.0 - lr * weight_decay, beta2=beta2, rest1=1.0 - beta1, rest2=1.0 - beta2, eps=eps,
+            bias_correction1=1.0 - beta1**step, root_bias_correction2=(1.0 - beta2**step) ** 0.5, gate_floor=1.0 / step,
+        )  # fmt: skip
 
     def for_directions(self) -> StepScalars:
         """Those with which moving a parameter along d writes d itself: a kernel then serves for both."""

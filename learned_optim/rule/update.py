@@ -147,8 +147,8 @@ class Moments(NamedTuple):
 
 def normalized_moments(grad: Tensor, state: CoordinateState, scalars: StepScalars) -> Moments:
     """Adam's part of the rule."""
-    m = state.exp_avg + (1.0 - scalars.beta1) * (grad - state.exp_avg)
-    v = state.exp_avg_sq * scalars.beta2 + (1.0 - scalars.beta2) * (grad * grad)
+    m = state.exp_avg + scalars.rest1 * (grad - state.exp_avg)
+    v = state.exp_avg_sq * scalars.beta2 + scalars.rest2 * (grad * grad)
     # The clamp changes no value that counts; it keeps the root differentiable where there never was a gradient.
     inverse = 1.0 / (clamp_positive(v, 1e-36).sqrt() * (1.0 / scalars.root_bias_correction2) + scalars.eps)
     u, b = grad * inverse, m * (inverse * (1.0 / scalars.bias_correction1))

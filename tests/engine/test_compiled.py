@@ -254,16 +254,8 @@ def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their
 @pytest.mark.parametrize("policy", BOTH)
 def test_groups_of_other_hyperparameters_and_tensors_at_other_steps_side_by_side(policy):
     shapes = [(40, 30), (7,), (), (33,), (20, 50), (2 * CHUNK,)]
-    options = [
-        {
-            "lr": 1e-2 / (i + 1),
-            "weight_decay": 0.2 * i,
-            "betas": (0.5 + 0.1 * i, 0.99),
-            "maximize": i == 1,
-            "eps": 10.0**-i,
-        }
-        for i in range(3)
-    ]
+    options = [{"lr": 1e-2 / (i + 1), "weight_decay": 0.2 * i, "betas": (0.5 + 0.1 * i, 0.99)} for i in range(3)]
+    options[1].update(maximize=True, eps=0.1)
     together, alone, plain = (leaves(*shapes) for _ in range(3))
     groups = [[{"params": ps[i::3], **options[i]} for i in range(3)] for ps in (together, plain)]
     optimizer, eager = compile_(groups[0], policy), make(groups[1], policy)
@@ -486,29 +478,34 @@ def test_two_optimizers_of_one_policy_keep_apart():
         assert_same_bits(mine, theirs)
 
 
-def test_autograd_sees_that_parameters_have_changed():
+@pytest.mark.parametrize("shape", [(7,), (40, 40), (600, 700), (8, 4, 3, 3)], ids=str)
+@pytest.mark.parametrize("policy", BOTH)
+def test_autograd_sees_that_parameters_have_changed(policy, shape):
     """A second pass back through a graph that has saved them must not give gradients of half old, half new values."""
-    params = leaves((40, 40), (7,))
-    loss = sum(p.square().sum() for p in params)
+    params = leaves(shape)
+    loss = params[0].square().sum()
     loss.backward(retain_graph=True)
-    compile_(params).step()
+    optimizer = compile_(params, policy)
+    optimizer.step()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
 
 
-def test_steps_in_inference_mode_and_of_tensors_made_there():
+@pytest.mark.parametrize("policy", BOTH)
+def test_steps_in_inference_mode_and_of_tensors_made_there(policy):
     plain, params = leaves((40, 40), (7,)), leaves((40, 40), (7,))
-    run(make(plain), plain, 2)
+    run(make(plain, policy), plain, 2)
     give_gradients(params, 0)
-    optimizer = compile_(params)
+    optimizer = compile_(params, policy)
     with torch.inference_mode():
         optimizer.step()
         give_gradients(params, 1)
         optimizer.step()
-        (inner,) = leaves((4, 4))
-        run(compile_([inner]), [inner], 2)
-    for a, b in zip(params, plain, strict=True):
+        inner = leaves((40, 40), (7,))
+        run(compile_(inner, policy), inner, 2)
+    for a, b, c in zip(params, plain, inner, strict=True):
         torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        torch.testing.assert_close(c, b.detach(), rtol=2e-5, atol=2e-6)
 
 
 def test_another_default_device_changes_nothing():
