@@ -14,7 +14,7 @@ from torch import Tensor
 
 from learned_optim.engine.head import TensorHead
 from learned_optim.engine.packing import bins, copy_all, limit, packing
-from learned_optim.engine.param_state import FlatViews, ParamState, arithmetic_dtype
+from learned_optim.engine.param_state import FlatViews, ParamState
 from learned_optim.engine.step import Bucket
 from learned_optim.rule import update
 from learned_optim.rule.layouts import Segments, Whole
@@ -87,7 +87,7 @@ class _Large:
 
     def __init__(self, backend: EagerBackend, param: ParamState, as_matrix: bool) -> None:
         self.backend, self.params, self.as_matrices = backend, [param], as_matrix
-        self.dtype = arithmetic_dtype(param.param.dtype)
+        self.dtype = param.arithmetic
         self.layout = _whole(param.param.shape, param.param.device)
         self.flat = FlatViews(param, as_matrix)
         self.copied = param.numel if self.flat.copied else 0
@@ -121,7 +121,7 @@ class _SideBySide:
 
     def __init__(self, backend: EagerBackend, params: list[ParamState], as_matrices: bool) -> None:
         self.backend, self.params, self.as_matrices = backend, params, as_matrices
-        device, self.dtype = params[0].format.device, arithmetic_dtype(params[0].format.param)
+        device, self.dtype = params[0].format.device, params[0].arithmetic
         self.layout = _segments(tuple([p.param.shape for p in params]), device)
         self.copied = sum(self.layout.sizes)
         self.packing = packing(tuple([p.numel for p in params]), ALIGN, device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from learned_optim.engine.packing import copy_all, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
-from learned_optim.rule.layouts import TensorShapes
+from learned_optim.rule.layouts import TensorShapes, indices_by
 from learned_optim.rule.types import Spread, TensorState, TensorSums
 
 #: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
@@ -79,15 +79,14 @@ class TensorHead:
         """Coefficients, [C, len(params)] in float64; the per-tensor state is updated in place."""
         if not self.native or params[0].param.device.type != "cpu":
             return self._run(params, sums)
-        dtypes = list({p.arithmetic: None for p in params})
-        if len(dtypes) == 1:
-            return self.native.get(dtypes[0], self._run)(params, sums)
-        indices = [[i for i, p in enumerate(params) if p.arithmetic == dtype] for dtype in dtypes]
+        if len({p.arithmetic for p in params}) == 1:
+            return self.native.get(params[0].arithmetic, self._run)(params, sums)
+        indices = indices_by(p.arithmetic for p in params)
         parts = [
             self.native.get(dtype, self._run)([params[i] for i in some], TensorSums(*(s[some] for s in sums)))
-            for dtype, some in zip(dtypes, indices, strict=True)
+            for dtype, some in indices.items()
         ]
-        order = torch.tensor([i for some in indices for i in some], device="cpu").argsort()
+        order = torch.tensor([i for some in indices.values() for i in some], device="cpu").argsort()
         stacked = torch.cat([stacked for stacked, _ in parts], 1)[:, order].contiguous()
         return stacked, [record for _, records in parts for record in records]
 
@@ -119,8 +118,3 @@ class TensorHead:
                 matrix = torch.zeros(rows, columns, dtype=torch.float64, device=device)
                 buffer = self._buffers[rows, device] = matrix, list(matrix.view(-1).unbind())
         return buffer
-
-
-def stacked_tensors(tensors: Sequence[Tensor]) -> Tensor:
-    """[len(tensors), ...]; of a single one a view."""
-    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))

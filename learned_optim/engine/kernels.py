@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.engine.param_state import arithmetic_dtype
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import TensorShapes
@@ -47,7 +48,7 @@ class Kind(NamedTuple):
 
     @property
     def arithmetic(self) -> torch.dtype:
-        return torch.promote_types(self.dtypes[0], torch.float32)
+        return arithmetic_dtype(self.dtypes[0])
 
 
 class Kernels(NamedTuple):

@@ -155,7 +155,7 @@ class _Native:
             self.addresses = array("q", group.addresses)
             self.addresses[1 :: group.stride] = array("q", [p.grad.data_ptr() for p in params])
         contexts, self.which = contexts_of(params)
-        self.scalars = array("d", [float(x) for context in contexts for x in context.scalars])
+        self.scalars = scalars_of(contexts)
 
     def measure(self) -> TensorSums:
         sums = torch.empty(len(TensorSums._fields), len(self.params), dtype=torch.float64, device="cpu")
@@ -256,7 +256,7 @@ class _HeadGroup(_Same):
 def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Tensor]) -> None:
     """Move contiguous parameters of one dtype along contiguous directions."""
     contexts, which = contexts_of(params)
-    scalars = array("d", [float(x) for context in contexts for x in context.scalars])
+    scalars = scalars_of(contexts)
     sizes = array("q", [p.numel for p in params])
     targets = array("q", [p.param.data_ptr() for p in params])
     along = array("q", [d.data_ptr() for d in directions])
@@ -284,6 +284,11 @@ def contexts_of(params: list[ParamState]) -> tuple[list[StepContext], array]:
         return contexts, array("q", bytes(8 * len(params)))
     number = {id(context): i for i, context in enumerate(contexts)}
     return contexts, array("q", [number[id(p.context)] for p in params])
+
+
+def scalars_of(contexts: list[StepContext]) -> array:
+    """Those of each context, one after the other."""
+    return array("d", [float(x) for context in contexts for x in context.scalars])
 
 
 def at(values: array) -> int:

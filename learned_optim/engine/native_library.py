@@ -29,6 +29,7 @@ from learned_optim import rule
 from learned_optim.engine.codegen import CPP_TYPES, Names, generate
 from learned_optim.engine.head import head_pass
 from learned_optim.engine.kernels import CompilationError, find_compiler
+from learned_optim.engine.param_state import arithmetic_dtype
 from learned_optim.rule import update
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
@@ -55,7 +56,7 @@ class Kind(NamedTuple):
 
     @property
     def arithmetic(self) -> torch.dtype:
-        return torch.promote_types(self.dtypes[0], torch.float32)
+        return arithmetic_dtype(self.dtypes[0])
 
 
 @cache

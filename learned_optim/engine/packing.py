@@ -44,6 +44,11 @@ def copy_all(targets: Tensors, sources: Tensors) -> None:
     torch._foreach_copy_(targets, sources)  # pyright: ignore[reportPrivateImportUsage]
 
 
+def stacked_tensors(tensors: Sequence[Tensor]) -> Tensor:
+    """[len(tensors), ...]; of a single one a view."""
+    return tensors[0].unsqueeze(0) if len(tensors) == 1 else torch.stack(tuple(tensors))
+
+
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A tensor of them, without waiting for what a GPU still has to do."""
     if device.type != "cuda":

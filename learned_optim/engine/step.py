@@ -18,8 +18,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead, stacked_tensors
-from learned_optim.engine.packing import COPIED, bins, copy_all, limit, to_device
+from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead
+from learned_optim.engine.packing import COPIED, bins, copy_all, limit, stacked_tensors, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.engine.sharding import Shards
 from learned_optim.rule import update
