@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import platform
 import statistics
 import time
@@ -79,7 +78,7 @@ def measure(task: Task, policies: list[str], rounds: int) -> dict[str, Any]:
 def summary(rows: dict[str, Any], policy: str) -> dict[str, float]:
     """Geometric mean and worst of the ratios."""
     ratios = [row["ratio"][policy] for row in rows.values()]
-    return {"mean": math.exp(sum(map(math.log, ratios)) / len(ratios)), "worst": max(ratios)}
+    return {"mean": statistics.geometric_mean(ratios), "worst": max(ratios)}
 
 
 def main() -> None:

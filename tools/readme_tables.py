@@ -24,6 +24,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from statistics import geometric_mean
 from typing import Any
 
 ROOT = Path(__file__).parent.parent
@@ -91,10 +92,6 @@ def markdown(table: Table) -> str:
         lines = [["", *names], *([row, *(table[name][row] for name in names)] for row in rows)]
     lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
-
-
-def geometric_mean(values: list[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 def family(row: dict[str, Any]) -> str:
