@@ -20,9 +20,9 @@ from learned_optim.bench.figures import compare_all
 from learned_optim.bench.quality import REFERENCE, run_quality
 from learned_optim.bench.quality_config import QualityConfig
 from learned_optim.tasks import FAMILIES, ModuleTask, Task
+from learned_optim.tasks.families.vision_validation import letter_data
 from learned_optim.tasks.nets import Style, mlp
 from learned_optim.tasks.sampling import dataset_task
-from learned_optim.tasks.vision_validation import letter_data
 
 CLASSES = 26
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-from . import language, synthetic, tabular, vision, vision_perceptrons, vision_validation
 from .base import TaskFamily
+from .families import language, synthetic, tabular, vision, vision_perceptrons, vision_validation
 
 FAMILIES: dict[str, TaskFamily] = {
     family.name: family

@@ -8,11 +8,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .base import LossFn, Task, TaskFamily
-from .data_optional import CLASSIFICATION_TABLES, optional_import, standardise, table
-from .nets import initialise, mlp, random_style
-from .objectives import classification, regression
-from .sampling import (
+from ..base import LossFn, Task, TaskFamily
+from ..data_optional import CLASSIFICATION_TABLES, optional_import, standardise, table
+from ..nets import initialise, mlp, random_style
+from ..objectives import classification, regression
+from ..sampling import (
     Data,
     chance,
     choice,

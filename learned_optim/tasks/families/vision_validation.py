@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import torch
 
-from .base import Task, TaskFamily
-from .data_images import preprocess
-from .data_optional import PHOTO_QUESTIONS, letters, photo_patches
-from .nets import VisionTransformer, convnet, mlp, random_style, residual_convnet
-from .sampling import Data, choice, integer, log_int, run_length, spawn, split
+from ..base import Task, TaskFamily
+from ..data_images import preprocess
+from ..data_optional import PHOTO_QUESTIONS, letters, photo_patches
+from ..nets import VisionTransformer, convnet, mlp, random_style, residual_convnet
+from ..sampling import Data, choice, integer, log_int, run_length, spawn, split
 from .vision import autoencoder_task, classifier, hidden_widths, images_only, mlp_work, vae_task, vit_work
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .base import Task, TaskFamily
-from .data_images import IMAGE_SOURCES
-from .nets import mlp, random_style
-from .sampling import Data, chance, choice, integer, log_int, run_length, spawn
+from ..base import Task, TaskFamily
+from ..data_images import IMAGE_SOURCES
+from ..nets import mlp, random_style
+from ..sampling import Data, chance, choice, integer, log_int, run_length, spawn
 from .vision import PREPROCESSING, classifier, hidden_widths, image_data, mlp_work, signal_data
 
 

@@ -9,11 +9,11 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from .base import LossFn, ModuleTask, Task, TaskFamily
-from .data_images import IMAGE_SOURCES, preprocess, scenes, signals
-from .nets import AutoEncoder, Style, VisionTransformer, convnet, initialise, random_style, residual_convnet
-from .objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
-from .sampling import (
+from ..base import LossFn, ModuleTask, Task, TaskFamily
+from ..data_images import IMAGE_SOURCES, preprocess, scenes, signals
+from ..nets import AutoEncoder, Style, VisionTransformer, convnet, initialise, random_style, residual_convnet
+from ..objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
+from ..sampling import (
     Data,
     chance,
     choice,

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from .base import LossFn, ModuleTask, Task, TaskFamily
-from .data_text import CHARACTERS, characters, streams, windows, words
-from .nets import RecurrentLM, TransformerLM, initialise, random_style
-from .objectives import next_token
-from .sampling import chance, choice, integer, log_int, run_length, uniform
+from ..base import LossFn, ModuleTask, Task, TaskFamily
+from ..data_text import CHARACTERS, characters, streams, windows, words
+from ..nets import RecurrentLM, TransformerLM, initialise, random_style
+from ..objectives import next_token
+from ..sampling import chance, choice, integer, log_int, run_length, uniform
 
 
 def language_task(

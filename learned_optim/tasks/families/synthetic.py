@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from .base import BatchMaker, LossFn, ModuleTask, Task, TaskFamily, forked_global_rng
-from .nets import initialise, mlp, random_style
-from .objectives import classification, regression
-from .sampling import (
+from ..base import BatchMaker, LossFn, ModuleTask, Task, TaskFamily, forked_global_rng
+from ..nets import initialise, mlp, random_style
+from ..objectives import classification, regression
+from ..sampling import (
     Data,
     chance,
     choice,
