@@ -66,9 +66,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)  # for networks as small as these, several are slower
     config = MetaTrainConfig(
-        learn="init", estimator="backprop", second_order=True, meta_loss="final", held_out=True, unroll_length=STEPS,
-        max_length=STEPS, inner_lr=INNER_LR, inner_weight_decay=0.0, outer_steps=args.outer_steps, meta_lr=3e-3,
-        validate_every=0,
+        learn="init", estimator="backprop", second_order=True, meta_loss="final", held_out_share=1.0,
+        unroll_length=STEPS, max_length=STEPS, inner_lr=INNER_LR, inner_weight_decay=0.0,
+        outer_steps=args.outer_steps, meta_lr=3e-3, validate_every=0,
     )  # fmt: skip
     result = meta_train(config, tasks=[SINUSOIDS], start=Policy(GRADIENT_DESCENT))
     usual, learned = (loss_after_steps(result.last, init, args.tasks) for init in (None, result.init))

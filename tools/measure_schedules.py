@@ -17,7 +17,8 @@ import torch
 
 from learned_optim import LearnedOptimizer
 from learned_optim.tasks import get_families
-from learned_optim.tasks.rollout import cosine, smoothed, train
+from learned_optim.tasks.recipe import cosine
+from learned_optim.tasks.rollout import smoothed, train
 
 FAMILIES = {
     "val_generated_tables": "tables",

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.policy.policy import Policy
-from learned_optim.tasks.rollout import cosine
+from learned_optim.tasks.recipe import cosine
 
 Schedule = Literal["constant", "cosine"]
 Memory = Literal["kept", "reset", "none"]

@@ -53,7 +53,8 @@ class MetaTrainConfig:
         meta_loss: of a window: ``final`` is the last loss, ``sum`` the mean along it, ``log_ratio`` the mean of
             log(loss / loss at the beginning), which weighs tasks of unlike loss scales alike. ``es`` compares
             whole trajectories by their log-speedup instead.
-        held_out: take the meta-loss on the task's held-out data where it has any (``backprop``).
+        held_out_share: part of the meta-loss, or of the comparison (``es``), that is made on held-out data where a task
+            has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a half each.
         max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own.
         curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
         inner_lr: learning rate of the inner steps.
@@ -67,6 +68,8 @@ class MetaTrainConfig:
         clip: bound of the rms of a trajectory's meta-gradient, as a multiple of the running median; a trajectory
             that explodes cannot outvote the others.
         augment: draw augmented tasks (rescaled parameters, noise, jumps) with this probability.
+        recipes: train with a user's recipe with this probability: a learning-rate schedule, another weight decay,
+            clipped gradients. Otherwise at a constant rate and with ``inner_weight_decay``.
         validate_every: outer steps between validations; 0 never validates.
         validation_tasks: families or tags to validate on.
         validation_seeds: tasks per validation family.
@@ -94,7 +97,7 @@ class MetaTrainConfig:
     second_order: bool = False
     checkpoint_segment: int = 0
     meta_loss: MetaLoss = "log_ratio"
-    held_out: bool = False
+    held_out_share: float = 0.0
     max_length: int = 40
     curriculum: int = 0
     inner_lr: float = 1e-3
@@ -106,6 +109,7 @@ class MetaTrainConfig:
     meta_lr: float = 0.03
     clip: float = 5.0
     augment: float = 0.0
+    recipes: float = 0.0
     validate_every: int = 20
     validation_tasks: tuple[str, ...] = ("validation",)
     validation_seeds: int = 1
@@ -151,7 +155,8 @@ class MetaTrainConfig:
             require(getattr(self, name) > 0.0, name, "positive")
         require(self.meta_lr >= 0.0, "meta_lr", "0 or more")
         require(self.inner_lr_spread >= 1.0, "inner_lr_spread", "1 or more")
-        require(0.0 <= self.augment <= 1.0, "augment", "in [0, 1]")
+        for name in ("augment", "recipes", "held_out_share"):
+            require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
         require(len(self.tasks) > 0, "tasks", "at least one name")
         require(self.estimator == "es" or self.pairs == 1, "pairs", "1 for estimators other than 'es'")
         require(self.device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'")

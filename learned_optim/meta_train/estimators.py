@@ -27,12 +27,13 @@ from torch import Tensor
 
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_loss import MetaLossFn, final
-from learned_optim.meta_train.time_ratio import log_time_ratio, marks
+from learned_optim.meta_train.time_ratio import Outcome, compare, held_out_steps
 from learned_optim.meta_train.trajectories import Plan, TaskSource, Trajectory, seed_of
 from learned_optim.meta_train.unroll import UnrollOptions, unroll
 from learned_optim.meta_train.vectorized import UnequalBatches, run_vectorized
 from learned_optim.optimizer import LearnedOptimizer
 from learned_optim.policy.policy import Policy
+from learned_optim.tasks.recipe import SCHEDULES
 from learned_optim.tasks.rollout import Curve, train
 
 Weights = dict[str, Tensor]
@@ -112,8 +113,9 @@ class BackpropTruncated(_Truncated):
     ) -> Estimate:
         config = self.config
         options = UnrollOptions(
-            config.second_order, config.held_out, config.fixed_scale, config.checkpoint_segment, self.meta_loss is final
-        )
+            config.second_order, config.held_out_share, config.fixed_scale, config.checkpoint_segment,
+            self.meta_loss is final,
+        )  # fmt: skip
         trajectory, batches = self._window(policy, slot, outer_step, 1, init)
         weights = {name: w.detach().requires_grad_(name in learned) for name, w in policy.weights().items()}
         wanted = {name: w for name, w in weights.items() if name in learned}
@@ -122,7 +124,7 @@ class BackpropTruncated(_Truncated):
             wanted["init"] = state.params.detach().requires_grad_()
             state = state._replace(params=wanted["init"])
         plan = trajectory.plan
-        state, losses = unroll(weights, policy.config, trajectory.problem, state, batches, plan.hyper, options)
+        state, losses = unroll(weights, policy.config, trajectory.problem, state, batches, plan.hyper_at, options)
         meta_loss = self.meta_loss(losses, trajectory.reference)
         grads = torch.autograd.grad(meta_loss, list(wanted.values()), allow_unused=True)
         gradient = {n: torch.zeros_like(w) if g is None else g for (n, w), g in zip(wanted.items(), grads, strict=True)}
@@ -163,6 +165,7 @@ class PES(_Truncated):
     ) -> Estimate:
         trajectory, batches = self._window(policy, slot, outer_step, 2, init)
         sigma, plan = self.config.sigma, trajectory.plan
+        options = UnrollOptions(held_out_share=self.config.held_out_share)
         noise = perturbation(policy, learned, self.config, slot, outer_step)
         for name, value in noise.items():
             trajectory.accumulated[name] = trajectory.accumulated.get(name, torch.zeros_like(value)) + value
@@ -170,7 +173,8 @@ class PES(_Truncated):
         with torch.no_grad():
             for i, sign in enumerate((1.0, -1.0)):
                 weights, state = shifted(policy.weights(), noise, sign), trajectory.states[i]
-                state, losses = unroll(weights, policy.config, trajectory.problem, state, batches, plan.hyper)
+                problem = trajectory.problem
+                state, losses = unroll(weights, policy.config, problem, state, batches, plan.hyper_at, options)
                 trajectory.states[i] = state.detached()
                 values.append(float(self.meta_loss(losses, trajectory.reference)))
         factor = (values[0] - values[1]) / (2.0 * sigma**2)
@@ -221,26 +225,35 @@ class ES:
                 gradient[name] += value * (difference / (2.0 * config.sigma**2 * len(noises)))
         return Estimate(slot, plan.family, gradient, meta_loss, 2 * len(noises) * plan.length)
 
-    def _one_by_one(self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]) -> list[list[Sequence[float]]]:
-        moved = [[with_weights(policy, shifted(policy.weights(), n, sign)) for sign in (1.0, -1.0)] for n in noises]
-        return [[run_plan(policy, plan, steps, self.backend).losses for policy in pair] for pair in moved]
+    @property
+    def _held_out_times(self) -> bool:
+        return self.meta_loss is None and self.config.held_out_share > 0.0
 
-    def _vectorized(
-        self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]
-    ) -> list[tuple[Sequence[float], Sequence[float]]]:
+    def _one_by_one(self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]) -> list[tuple[Curve, Curve]]:
+        def run(noise: Weights, sign: float) -> Curve:
+            moved = with_weights(policy, shifted(policy.weights(), noise, sign))
+            return run_plan(moved, plan, steps, self.backend, self._held_out_times)
+
+        return [(run(noise, 1.0), run(noise, -1.0)) for noise in noises]
+
+    def _vectorized(self, policy: Policy, plan: Plan, steps: int, noises: list[Weights]) -> list[tuple[Curve, Curve]]:
         sets = [shifted(policy.weights(), noise, sign) for sign in (1.0, -1.0) for noise in noises]
         weights = {name: torch.stack([one[name] for one in sets]) for name in sets[0]}
         compiled = self.backend == "compiled"
-        losses = run_vectorized(policy.config, weights, plan, steps, compiled=compiled, device=self.config.device)
-        losses = losses.tolist()
-        return list(zip(losses[: len(noises)], losses[len(noises) :], strict=True))
+        evaluate_at = held_out_steps(steps) if self._held_out_times else ()
+        losses, held_out = run_vectorized(
+            policy.config, weights, plan, steps, compiled=compiled, device=self.config.device, evaluate_at=evaluate_at
+        )
+        curves = [Curve(*run) for run in zip(losses.tolist(), [None] * len(losses), held_out.tolist(), strict=True)]
+        return list(zip(curves[: len(noises)], curves[len(noises) :], strict=True))
 
-    def _compare(self, plus: Sequence[float], minus: Sequence[float]) -> tuple[float, float]:
+    def _compare(self, plus: Curve, minus: Curve) -> tuple[float, float]:
         """How much worse the first of two runs is, and the mean of what is compared."""
         if self.meta_loss is None:
-            first, second = marks(plus), marks(minus)
-            return log_time_ratio(first, second), (first[-1] + second[-1]) / 2
-        first, second = (float(self.meta_loss(torch.tensor(losses[1:]), losses[0])) for losses in (plus, minus))
+            first, second = (Outcome.of(curve.losses, curve.held_out_along) for curve in (plus, minus))
+            mean = (first.training[-1] + second.training[-1]) / 2
+            return compare(first, second, self.config.held_out_share), mean
+        first, second = (float(self.meta_loss(torch.tensor(c.losses[1:]), c.losses[0])) for c in (plus, minus))
         return first - second, (first + second) / 2
 
 
@@ -252,13 +265,14 @@ def with_weights(policy: Policy, weights: Weights) -> Policy:
 
 
 def run_plan(policy: Policy, plan: Plan, steps: int, backend: str, held_out: bool = False) -> Curve:
-    """Train a planned task with the optimizer itself."""
-    hyper = plan.hyper
+    """Train a planned task with the optimizer itself; ``held_out`` takes the losses that comparisons need."""
+    hyper, recipe = plan.hyper, plan.recipe
     return train(
         plan.task, plan.seed,
         lambda params: LearnedOptimizer(params, lr=float(hyper.lr), weight_decay=float(hyper.weight_decay),
                                         policy=policy, backend=backend),
-        steps, held_out=held_out,
+        steps, schedule=SCHEDULES[recipe.schedule], clip_norm=recipe.clip_norm,
+        evaluate_at=held_out_steps(steps) if held_out else (),
     )  # fmt: skip
 
 

@@ -28,8 +28,9 @@ from learned_optim.meta_train.meta_optimizer import meta_optimizer
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.signals import collected_signals
+from learned_optim.meta_train.time_ratio import Outcome
 from learned_optim.meta_train.trajectories import TaskSource, Trajectory
-from learned_optim.meta_train.validation import Outcome, mean_difference, validate
+from learned_optim.meta_train.validation import mean_difference, validate
 from learned_optim.policy.files import write_atomically
 from learned_optim.policy.policy import PARTS, Policy
 from learned_optim.rule.cells import CELLS
@@ -40,7 +41,7 @@ from learned_optim.tasks.base import Task
 COMPILING = "compiling the update rule, a minute or two the first time on a machine"
 
 #: Attributes of a run that a checkpoint holds as they are.
-_PLAIN = ("outer_step", "inner_steps", "seconds", "best_value", "before", "stale", "failures")
+_PLAIN = ("outer_step", "inner_steps", "seconds", "best_value", "stale", "failures")
 
 
 class MetaTrainResult(NamedTuple):
@@ -263,7 +264,7 @@ class _Run:
     def _validate(self) -> float:
         """Change of the time to train the validation tasks, against the start; keeps the policy if it is the best."""
         after = self._validation_outcomes()
-        value = mean_difference(after, self.before)
+        value = mean_difference(after, self.before, self.config.held_out_share)
         if value < self.best_value:
             self.best_value, self.best, self.stale = value, self._copy(), 0
         else:
@@ -297,9 +298,8 @@ class _Run:
         }
         results = {"training": training}
         if config.validate_every:
-            change = "mean_log_loss_change" if config.held_out else "mean_log_time_change"
             value = self.best_value if name == "best" else None
-            results["validation"] = {"tasks": sorted(self.before), change: value}
+            results["validation"] = {"tasks": sorted(self.before), "mean_log_time_change": value}
         policy.save_pretrained(folder.path / name, results=results)
         if init is not None:
             data = save({k: v.contiguous() for k, v in init.items()})
@@ -314,6 +314,7 @@ class _Run:
             {
                 "config": self.config.to_dict(),
                 **{name: getattr(self, name) for name in _PLAIN},
+                "before": {name: list(outcome) for name, outcome in self.before.items()},
                 "policy_config": self.policy.config.to_dict(),
                 "weights": {n: w.detach().clone() for n, w in self.policy.weights().items()},
                 "init": None if self.init is None else self.init.detach().clone(),
@@ -337,6 +338,7 @@ class _Run:
         self.best = (with_weights(self.policy, saved["best"]), saved["best_init"])
         for name in _PLAIN:
             setattr(self, name, saved[name])
+        self.before = {name: Outcome(*marks) for name, marks in saved["before"].items()}
         self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
         self.aggregator.load(saved["aggregator"])
         self.backend = saved["backend"]  # of the run as it began, however long it is to be by now

@@ -66,10 +66,11 @@ class Problem:
         task: what is trained.
         seed: of its initial parameters and its batches.
         compiled: whether the unroll's updates are run by compiled kernels.
+        clip_norm: inner gradients of a larger norm are shortened to this one.
     """
 
-    def __init__(self, task: Task, seed: int, compiled: bool = False) -> None:
-        self.task, self.seed, self.compiled = task, seed, compiled
+    def __init__(self, task: Task, seed: int, compiled: bool = False, clip_norm: float = math.inf) -> None:
+        self.task, self.seed, self.compiled, self.clip_norm = task, seed, compiled, clip_norm
         params, buffers = task.init(torch.Generator().manual_seed(seed))
         self.names = list(params)
         self.shapes = [p.shape for p in params.values()]
@@ -121,11 +122,21 @@ class Problem:
         """Loss and its gradient [n] at ``params``; buffers move. Without ``create_graph`` both are free of graphs."""
         return self._gradient(lambda tensors: self.task.loss(tensors, buffers, batch), params, create_graph)
 
+    def clipped(self, grad: Tensor) -> Tensor:
+        """What a step makes of a gradient [..., n]: the same, shortened to ``clip_norm`` where it is longer."""
+        if not math.isfinite(self.clip_norm):
+            return grad
+        norm = grad.norm(dim=-1, keepdim=True)
+        return grad * (self.clip_norm / (norm + 1e-6)).clamp(max=1.0)  # as torch.nn.utils.clip_grad_norm_
+
+    @property
+    def has_held_out(self) -> bool:
+        """Whether the task has held-out data."""
+        return getattr(self.task, "eval_loss", None) is not None
+
     def held_out(self, params: Tensor, buffers: Tensors, create_graph: bool) -> tuple[Tensor, Tensor]:
-        """Like :meth:`gradient`, on the task's held-out data."""
-        eval_loss = getattr(self.task, "eval_loss", None)
-        if eval_loss is None:
-            raise ValueError(f"task {self.task.name!r} has no held-out data: set held_out=False or give it eval_loss")
+        """Like :meth:`gradient`, on the task's held-out data, which it must have."""
+        eval_loss: Any = getattr(self.task, "eval_loss", None)
         return self._gradient(lambda tensors: eval_loss(tensors, buffers), params, create_graph)
 
     def _gradient(

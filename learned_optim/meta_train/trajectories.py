@@ -17,6 +17,7 @@ from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.types import CoordinateState, Hyperparameters, TensorState
 from learned_optim.tasks import TaskFamily, augment
 from learned_optim.tasks.base import Task
+from learned_optim.tasks.recipe import TrainingRecipe, draw_recipe
 
 
 def seed_of(*parts: Any) -> int:
@@ -32,12 +33,17 @@ class Plan(NamedTuple):
     seed: int  #: of its initial parameters and batches
     length: int
     hyper: Hyperparameters
+    recipe: TrainingRecipe = TrainingRecipe()
+
+    def hyper_at(self, step: int) -> Hyperparameters:
+        """Those of the inner step number ``step``, from 0: with the learning rate that the schedule has there."""
+        return self.hyper._replace(lr=self.hyper.lr * self.recipe.lr_factor(min(step, self.length), self.length))
 
 
-def hyperparameters(config: MetaTrainConfig, policy: PolicyConfig, lr: float) -> Hyperparameters:
-    """Those of inner steps at a learning rate."""
+def hyperparameters(policy: PolicyConfig, lr: float, weight_decay: float) -> Hyperparameters:
+    """Those of inner steps, with the policy's own betas and eps."""
     beta1, beta2 = policy.betas
-    return Hyperparameters(lr, beta1, beta2, policy.eps, config.inner_weight_decay)
+    return Hyperparameters(lr, beta1, beta2, policy.eps, weight_decay)
 
 
 class TaskSource:
@@ -63,12 +69,15 @@ class TaskSource:
         family = self.families[order[index]]
         task = family.task(rng.randrange(10_000)) if isinstance(family, TaskFamily) else family
         if rng.random() < config.augment:
-            # Batches of several shapes cannot be stacked.
-            task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)), jumps=config.pairs == 1)
+            task = augment(task, torch.Generator().manual_seed(rng.randrange(2**31)))
         spread = math.log(config.inner_lr_spread)
         lr = config.inner_lr * math.exp(rng.uniform(-spread, spread))
         length = self._length(task.length, outer_step)
-        return Plan(family.name, task, rng.randrange(2**31), length, hyperparameters(config, self.policy, lr))
+        seed = rng.randrange(2**31)
+        recipe = TrainingRecipe(weight_decay=config.inner_weight_decay)
+        if rng.random() < config.recipes:
+            recipe = draw_recipe(rng)
+        return Plan(family.name, task, seed, length, hyperparameters(self.policy, lr, recipe.weight_decay), recipe)
 
     def _length(self, wanted: int, outer_step: int) -> int:
         if not self.config.max_length:
@@ -89,7 +98,7 @@ class Trajectory:
 
     def __init__(self, slot: int, plan: Plan, begun_at: int, compiled: bool) -> None:
         self.slot, self.plan, self.begun_at = slot, plan, begun_at
-        self.problem = Problem(plan.task, plan.seed, compiled)
+        self.problem = Problem(plan.task, plan.seed, compiled, clip_norm=plan.recipe.clip_norm)
         self.states: list[InnerState] = []  #: one, or two antithetic ones
         self.reference = math.nan  #: the loss at the trajectory's beginning
         self.accumulated: dict[str, Tensor] = {}  #: sum of the perturbations so far (PES)

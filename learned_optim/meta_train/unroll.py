@@ -10,7 +10,7 @@ With gradient g_t at inner step t and meta-loss M(L_1, ..., L_T), L_t the loss a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class UnrollOptions(NamedTuple):
     """How a window is unrolled; see :class:`~learned_optim.meta_train.MetaTrainConfig`."""
 
     second_order: bool = False
-    held_out: bool = False
+    held_out_share: float = 0.0  #: of the losses that is held-out, where the task has such data
     fixed_scale: bool = False
     segment: int = 0
     last_only: bool = False  #: only the last loss (of each segment) is wanted
@@ -40,7 +40,7 @@ def unroll(
     problem: Problem,
     state: InnerState,
     batches: Sequence[Any],
-    hyper: Hyperparameters,
+    hyper: Hyperparameters | Callable[[int], Hyperparameters],
     options: UnrollOptions = UnrollOptions(),  # noqa: B008  (a tuple: nobody can change it)
 ) -> tuple[InnerState, Tensor]:
     """T inner steps.
@@ -51,14 +51,15 @@ def unroll(
         problem: the task.
         state: where the window begins; its buffers are left as they are.
         batches: T + 1 of them: step t trains on number t - 1, the loss after T steps is taken on the last.
-        hyper: of the inner steps.
+        hyper: of the inner steps, or a function of their number, from 0.
         options: order of differentiation, held-out losses, checkpointing.
 
     Returns:
         The state after T steps (with its graph) and the losses L_1 .. L_T, [T], differentiable. With
         ``options.last_only`` there may be fewer, and only the last of them is meant to be used.
     """
-    return _Unroll(weights, config, problem, hyper, options).window(state, batches)
+    hyper_at = hyper if callable(hyper) else lambda step: hyper
+    return _Unroll(weights, config, problem, hyper_at, options).window(state, batches)
 
 
 class _Unroll(NamedTuple):
@@ -67,7 +68,7 @@ class _Unroll(NamedTuple):
     weights: Mapping[str, Tensor]
     config: PolicyConfig
     problem: Problem
-    hyper: Hyperparameters
+    hyper_at: Callable[[int], Hyperparameters]
     options: UnrollOptions
 
     def window(self, state: InnerState, batches: Sequence[Any]) -> tuple[InnerState, Tensor]:
@@ -88,23 +89,27 @@ class _Unroll(NamedTuple):
         run_update = compiled_update if problem.compiled else update
         losses = []
         last = len(batches) - 1
+        share = options.held_out_share if problem.has_held_out else 0.0
         for i, batch in enumerate(batches):
             wanted = i == last or (i > 0 and not options.last_only)
-            if wanted and options.held_out:
-                losses.append(self._meta_view(params, *problem.held_out(params, buffers, options.second_order)))
-            if i == last and options.held_out:
+            of_held_out: Any = 0.0
+            if wanted and share:
+                of_held_out = self._meta_view(params, *problem.held_out(params, buffers, options.second_order))
+            if i == last and share == 1.0:
+                losses.append(of_held_out)
                 break
             # The next window computes the last gradient again, on its own buffers; here it only gives the last loss.
             moving = buffers if i < last else {name: b.clone() for name, b in buffers.items()}
             loss, grad = problem.gradient(params, moving, batch, create_graph=options.second_order)
-            if wanted and not options.held_out:
-                losses.append(self._meta_view(params, loss, grad))
+            if wanted:
+                losses.append(share * of_held_out + (1.0 - share) * self._meta_view(params, loss, grad))
             if i == last:
                 break
             step += 1
             params, coordinate_state, tensor_state = run_update(
-                self.weights, self.config, problem.layout, params, grad, coordinate_state, tensor_state,
-                float(problem.steps_before + step), self.hyper, fixed_scale=options.fixed_scale,
+                self.weights, self.config, problem.layout, params, problem.clipped(grad),
+                coordinate_state, tensor_state, float(problem.steps_before + step), self.hyper_at(step - 1),
+                fixed_scale=options.fixed_scale,
             )  # fmt: skip
         return InnerState(params, coordinate_state, tensor_state, step, buffers), torch.stack(losses)
 

@@ -8,14 +8,11 @@ from learned_optim.meta_train import distributed
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import run_plan
 from learned_optim.meta_train.problem import FromInit
-from learned_optim.meta_train.time_ratio import BOUND, log_loss, log_time_ratio, marks
+from learned_optim.meta_train.time_ratio import Outcome, compare
 from learned_optim.meta_train.trajectories import Plan, hyperparameters, seed_of
 from learned_optim.policy.policy import Policy
 from learned_optim.tasks import TaskFamily
 from learned_optim.tasks.base import Task, Tensors
-
-#: What is kept of a validation run: :func:`~learned_optim.meta_train.time_ratio.marks`, or one held-out log-loss.
-Outcome = list[float]
 
 
 def validate(
@@ -30,13 +27,12 @@ def validate(
     Args:
         policy: to train them with.
         families: what to train; ``config.validation_seeds`` tasks of each.
-        config: lengths and learning rate. With ``held_out`` the loss is that on held-out data, where there is any.
+        config: lengths and learning rate.
         backend: how the update rule is run.
         init: learned initial parameters, in place of the tasks' own.
 
     Returns:
-        By ``family/seed`` what :func:`mean_difference` compares: the course of the training loss, or with
-        ``config.held_out`` the held-out loss at the end. In several processes each trains its share.
+        By ``family/seed`` what :func:`mean_difference` compares. In several processes each trains its share.
     """
     wanted = [(family, seed) for family in families for seed in range(config.validation_seeds)]
     results = []
@@ -46,24 +42,16 @@ def validate(
         if init is not None:
             task = FromInit(task, init)
         length = min(task.length, config.validation_length) if config.validation_length else task.length
-        hyper = hyperparameters(config, policy.config, config.inner_lr)
+        hyper = hyperparameters(policy.config, config.inner_lr, config.inner_weight_decay)
         plan = Plan(family.name, task, seed_of("validation", seed), length, hyper)
-        curve = run_plan(policy, plan, length, backend, config.held_out)
-        outcome = marks(curve.losses) if curve.held_out is None else [log_loss(curve.held_out)]
-        results.append((i, f"{family.name}/{seed}", outcome))
+        curve = run_plan(policy, plan, length, backend, config.held_out_share > 0.0)
+        results.append((i, f"{family.name}/{seed}", Outcome.of(curve.losses, curve.held_out_along)))
     return {name: value for _, name, value in sorted(distributed.gather(results))}
 
 
-def mean_difference(after: dict[str, Outcome], before: dict[str, Outcome]) -> float:
+def mean_difference(after: dict[str, Outcome], before: dict[str, Outcome], held_out_share: float = 0.0) -> float:
     """Mean over tasks of the logarithm of the time taken, of what was before: -0.1 is ten per cent fewer steps.
 
-    Where there are held-out losses at the end, the mean of the change of their logarithms. Negative is better.
+    Negative is better; see :func:`~learned_optim.meta_train.time_ratio.compare` for ``held_out_share``.
     """
-    return sum(_difference(after[name], before[name]) for name in after) / len(after)
-
-
-def _difference(after: Outcome, before: Outcome) -> float:
-    if len(after) > 1:
-        return log_time_ratio(after, before)
-    (a,), (b,) = after, before
-    return 0.0 if a == b else min(max(a - b, -BOUND), BOUND)  # equal where both diverged
+    return sum(compare(after[name], before[name], held_out_share) for name in after) / len(after)

@@ -51,30 +51,35 @@ def run_vectorized(
     *,
     compiled: bool = False,
     device: torch.device | str = "cpu",
-) -> Tensor:
+    evaluate_at: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:
     """Train a planned task R times.
 
     Args:
         config: of the policy.
         weights: R sets of its weights, [R, ...] each.
-        plan: task, seed and hyperparameters, the same for all runs.
+        plan: task, seed, hyperparameters and recipe, the same for all runs.
         steps: inner steps.
         compiled: run the update rule compiled.
         device: where to compute.
+        evaluate_at: after how many steps held-out losses are taken; in order, from 1 to ``steps``.
 
     Returns:
-        Losses before each step, [R, steps] on the CPU in float64; ``inf`` from the first non-finite one on.
+        Losses before each step, [R, steps], and held-out losses, [R, len(evaluate_at)], or [R, 0] where the task has no
+        held-out data; on the CPU in float64. ``inf`` from the first non-finite loss on.
 
     Raises:
         UnequalBatches: the batches' shapes vary; nothing has been run then.
     """
-    problem = Problem(plan.task, plan.seed)
+    problem = Problem(plan.task, plan.seed, clip_norm=plan.recipe.clip_norm)
     batches = _stacked(list(islice(problem.batches(), steps)))
     with torch.no_grad():
-        run = _Runs(config, problem, weights, plan.hyper, batches, compiled, torch.device(device))
-        losses = run.train(steps).double().cpu()
+        run = _Runs(config, problem, weights, plan, batches, compiled, torch.device(device))
+        losses, held_out = (t.double().cpu() for t in run.train(steps, evaluate_at if problem.has_held_out else ()))
     broken = (~losses.isfinite()).cummax(1).values
-    return losses.masked_fill(broken, torch.inf)
+    # A held-out loss after t steps stands behind the losses before steps 1 to t.
+    broken_by = broken[:, [step - 1 for step in evaluate_at][: held_out.shape[1]]] | ~held_out.isfinite()
+    return losses.masked_fill(broken, torch.inf), held_out.masked_fill(broken_by, torch.inf)
 
 
 def _stacked(batches: list[Batch]) -> Batch:
@@ -94,12 +99,12 @@ class _Runs:
         config: PolicyConfig,
         problem: Problem,
         weights: Mapping[str, Tensor],
-        hyper: Hyperparameters,
+        plan: Plan,
         batches: Batch,
         compiled: bool,
         device: torch.device,
     ) -> None:
-        self.config, self.problem, self.hyper, self.device = config, problem, hyper, device
+        self.config, self.problem, self.plan, self.device = config, problem, plan, device
         layout = problem.layout.to(device)
         # Code for a single row of coordinates would be compiled apart.
         self.layout = PaddedRows.of(layout) if compiled and sum(layout.sizes) > ROW else layout
@@ -116,27 +121,39 @@ class _Runs:
         self.state = _State(params, state, tensor_state, buffers)
         one_run = torch.func.grad_and_value(self._loss, has_aux=True)
         self._gradient = torch.vmap(one_run, in_dims=(0, 0, None), randomness="error")
+        self._evaluate = torch.vmap(self._held_out_loss, in_dims=(0, 0), randomness="error")
 
-    def train(self, steps: int) -> Tensor:
-        if self.device.type == "cuda":
-            return self._replayed(steps)
+    def train(self, steps: int, evaluate_at: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Losses, [R, steps], and held-out losses, [R, len(evaluate_at)]."""
         losses = []
+        held_out = [torch.empty(self.count, 0, device=self.device)]
+        advance = self._replayed(steps) if self.device.type == "cuda" else self._advance
         for step in range(steps):
-            batch = map_batch(lambda t, step=step: t[step], self.batches)
-            loss, self.state = self._step(self.state, batch, float(step + 1 + self.problem.steps_before))
-            losses.append(loss)
-        return torch.stack(losses, 1)
+            losses.append(advance(step))
+            if step + 1 in evaluate_at:
+                held_out_loss = self._evaluate(self.state.params, self.state.buffers).unsqueeze(1)
+                held_out += [held_out_loss] * list(evaluate_at).count(step + 1)
+        return torch.stack(losses, 1), torch.cat(held_out, 1)
 
-    def _replayed(self, steps: int) -> Tensor:
+    def _advance(self, step: int) -> Tensor:
+        batch = map_batch(lambda t: t[step], self.batches)
+        number = float(step + 1 + self.problem.steps_before)
+        loss, self.state = self._step(self.state, batch, number, self.plan.hyper_at(step))
+        return loss
+
+    def _replayed(self, steps: int) -> Callable[[int], Tensor]:
         """The same on a GPU: a step costs the launch of a graph instead of several hundred kernels'."""
         position = torch.zeros(1, dtype=torch.int64, device=self.device)
         losses = torch.empty(steps, self.count, device=self.device)
+        rates = [float(self.plan.hyper_at(step).lr) for step in range(steps)]
+        lr = torch.tensor(rates, dtype=torch.float64, device=self.device)
         state = self.state
 
         def step() -> None:
             batch = map_batch(lambda t: t.index_select(0, position).squeeze(0), self.batches)
             number = position[0].double() + (1.0 + self.problem.steps_before)
-            loss, new = self._step(state, batch, number)
+            hyper = self.plan.hyper._replace(lr=lr.index_select(0, position).squeeze(0))
+            loss, new = self._step(state, batch, number, hyper)
             losses.index_copy_(0, position, loss.unsqueeze(0))
             for old, t in zip(state.tensors(), new.tensors(), strict=True):
                 old.copy_(t)
@@ -156,14 +173,19 @@ class _Runs:
         for t, start in zip(state.tensors(), before, strict=True):
             t.copy_(start)
         position.zero_()
-        for _ in range(steps):
-            graph.replay()
-        torch.cuda.synchronize()
-        return losses.T
 
-    def _step(self, state: _State, batch: Batch, number: float | Tensor) -> tuple[Tensor, _State]:
+        def advance(step: int) -> Tensor:
+            graph.replay()
+            return losses[step]
+
+        return advance
+
+    def _step(
+        self, state: _State, batch: Batch, number: float | Tensor, hyper: Hyperparameters
+    ) -> tuple[Tensor, _State]:
         gradient, (loss, buffers) = self._gradient(state.params, dict(state.buffers), batch)
-        what = state.params, gradient, state.coordinate_state, state.tensor_state, number, self.hyper
+        gradient = self.problem.clipped(gradient)
+        what = state.params, gradient, state.coordinate_state, state.tensor_state, number, hyper
         if isinstance(self.layout, PaddedRows):
             updated = compiled_vectorized(self.weights, self.config, self.layout, *what)
         else:
@@ -175,6 +197,11 @@ class _Runs:
         with _VmapFriendly():
             loss = self.problem.task.loss(self.problem.views(params), buffers, batch)
         return loss, buffers
+
+    def _held_out_loss(self, params: Tensor, buffers: Tensors) -> Tensor:
+        eval_loss: Any = getattr(self.problem.task, "eval_loss", None)
+        with _VmapFriendly():
+            return eval_loss(self.problem.views(params), buffers)
 
 
 _OF_TENSORS = TensorState(0, 0, 0)  # pyright: ignore[reportArgumentType]  (dimensions, and no trust)

@@ -137,8 +137,17 @@ class NoisyGradients(Augmented):
         return self._scales
 
 
+def repeated_rows(batch: Batch, share: float) -> Batch:
+    """The first ``share`` of a batch's rows (at least 4), repeated up to its size.
+
+    A mean over its rows is that over the smaller batch, up to the last, incomplete repetition; its shape is that of
+    every other batch, so that runs can be vectorized.
+    """
+    return map_batch(lambda t: t[torch.arange(len(t)) % min(len(t), max(4, round(share * len(t))))], batch)
+
+
 class BatchSizeJumps(Augmented):
-    """Every ``period`` steps draws another share of the batch, from all of it down to ``1 / 8``, at least 4 rows."""
+    """Every ``period`` steps draws another share of the batch, from all of it down to ``1 / 8``."""
 
     label = "jumps"
 
@@ -152,7 +161,35 @@ class BatchSizeJumps(Augmented):
         for step, batch in enumerate(self.task.batches(rng)):
             if step % self.period == 0:
                 share = log_uniform(jump_rng, 1 / 8, 1.0)
-            yield map_batch(lambda t, share=share: t[: max(4, round(share * len(t)))], batch)
+            yield repeated_rows(batch, share)
+
+
+class GrowingBatches(Augmented):
+    """Batches of an eighth of the rows at first, doubled after each quarter of the run."""
+
+    label = "growing"
+
+    def batches(self, rng: torch.Generator) -> Iterator[Batch]:
+        for step, batch in enumerate(self.task.batches(rng)):
+            yield repeated_rows(batch, 2.0 ** min(0, 4 * step // self.length - 3))
+
+
+class AccumulatedGradients(Augmented):
+    """Steps on the mean loss of ``count`` batches in turn."""
+
+    label = "accumulated"
+
+    def __init__(self, task: Task, count: int) -> None:
+        super().__init__(task)
+        self.count = count
+
+    def batches(self, rng: torch.Generator) -> Iterator[Batch]:
+        batches = self.task.batches(rng)
+        while True:
+            yield [next(batches) for _ in range(self.count)]
+
+    def loss(self, params: Tensors, buffers: Tensors, batch: Batch) -> Tensor:
+        return torch.stack([self.task.loss(params, buffers, one) for one in batch]).mean()
 
 
 class NoisyLabels(Augmented):
@@ -233,12 +270,12 @@ class FrozenTensors(Augmented):
         return inner, {k[cut:]: b for k, b in buffers.items() if k.startswith(self.prefix)}
 
 
-def augment(task: Task, rng: torch.Generator, jumps: bool = True) -> Task:
+def augment(task: Task, rng: torch.Generator) -> Task:
     """Applies a random selection of the augmentations that fit ``task``, on average about two.
 
     Draws one batch of ``task`` to see what fits: label noise needs ``(inputs, integer labels)``, drift needs
-    floating-point inputs, jumps of the batch size need tensors of at least 32 rows. The outcome depends on ``rng``
-    and on the task alone; without ``jumps`` of the batch size all batches have one shape.
+    floating-point inputs, batches of varying size need tensors of at least 32 rows. The outcome depends on ``rng``
+    and on the task alone.
 
     Returns:
         A task whose name says what was applied, e.g. ``"mlp_images/3+rescaled+noisy"``; perhaps ``task`` itself.
@@ -253,13 +290,19 @@ def augment(task: Task, rng: torch.Generator, jumps: bool = True) -> Task:
     depth, cycle = uniform(rng, 0.2, 1.0), task.length * uniform(rng, 0.2, 2.0)
     level, factor, spread = log_uniform(rng, 0.1, 3.0), log_uniform(rng, 1e-3, 1e3), choice(rng, (3.0, 10.0, 100.0))
     seeds = torch.Generator().manual_seed(draw_seed(rng))
+    grow, accumulate = chance(rng, 0.1), chance(rng, 0.1)
 
     if mislabel and pair and batch[1].dtype == torch.int64 and batch[1].dim() == 1 and len(batch[0]) == len(batch[1]):
         task = NoisyLabels(task, fraction)
     if drift and isinstance(batch, tuple) and isinstance(batch[0], Tensor) and batch[0].is_floating_point():
         task = DriftingInputs(task, depth, cycle)
-    if jumps and jump and len(rows) == 1 and min(rows) >= 32:
-        task = BatchSizeJumps(task, period)
+    if len(rows) == 1 and min(rows) >= 32:
+        if jump:
+            task = BatchSizeJumps(task, period)
+        elif grow:
+            task = GrowingBatches(task)
+    if accumulate:
+        task = AccumulatedGradients(task, 2)
     if freeze:
         task = FrozenTensors(task, seeds)
     if rescale:

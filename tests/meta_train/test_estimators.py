@@ -18,7 +18,15 @@ from learned_optim.meta_train.estimators import (
     Mixed,
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, mean_along
-from learned_optim.meta_train.time_ratio import BOUND, log_time_ratio, marks
+from learned_optim.meta_train.time_ratio import (
+    BOUND,
+    HELD_OUT_TIMES,
+    Outcome,
+    compare,
+    held_out_steps,
+    log_time_ratio,
+    marks,
+)
 from learned_optim.meta_train.trajectories import TaskSource
 from learned_optim.meta_train.validation import mean_difference
 
@@ -113,13 +121,44 @@ def test_half_the_loss_exponent_counts_as_a_log_speedup():
         assert log_time_ratio(slow, fast) == pytest.approx(0.693, rel=0.03)
 
 
-def test_validation_measures_time_and_held_out_losses_as_they_are():
-    fast = {"a/0": marks([(2 * t + 2) ** -0.5 for t in range(400)]), "b/0": marks([1.0] * 400)}
-    slow = {"a/0": marks([(t + 1) ** -0.5 for t in range(400)]), "b/0": marks([1.0] * 400)}
+def outcome(losses, held_out=None):
+    """Of 400 steps, losses and held-out losses as functions of the step."""
+    return Outcome.of(
+        [losses(t + 1) for t in range(400)], [held_out(t) for t in held_out_steps(400)] if held_out else []
+    )
+
+
+def test_validation_is_the_mean_over_tasks():
+    flat = outcome(lambda t: 1.0)
+    fast, slow = ({"a/0": outcome(lambda t, k=k: (k * t) ** -0.5), "b/0": flat} for k in (2, 1))
     assert mean_difference(fast, slow) == pytest.approx(-0.693 / 2, rel=0.03)
-    infinite = float("inf")
-    assert mean_difference({"a/0": [0.2], "b/0": [infinite]}, {"a/0": [0.5], "b/0": [infinite]}) == pytest.approx(-0.15)
-    assert mean_difference({"a/0": [infinite]}, {"a/0": [0.5]}) == BOUND
+
+
+def test_held_out_losses_count_with_their_share_and_only_where_there_are_any():
+    fast, slow = (outcome(lambda t: t**-0.5, lambda t, k=k: (k * t) ** -0.5) for k in (2, 1))
+    assert compare(fast, slow) == 0.0
+    assert compare(fast, slow, 1.0) == pytest.approx(-0.693, rel=0.03)
+    assert compare(fast, slow, 0.25) == pytest.approx(-0.693 / 4, rel=0.03)
+    assert compare(fast, outcome(lambda t: t**-0.5), 0.5) == compare(outcome(lambda t: t**-0.5), slow, 0.5) == 0.0
+
+
+def test_over_fitting_shows_at_the_end_and_a_low_loss_on_the_way_still_counts():
+    def held_out(end):
+        return lambda t: t**-0.5 if t <= 200 else end
+
+    level, over_fitted = (outcome(lambda t: t**-0.5, held_out(end)) for end in (200**-0.5, 1.0))
+    worse = compare(over_fitted, level, 1.0)
+    assert worse == pytest.approx(BOUND / 2)  # the lowest ones are the same, the ends are far apart
+    lower_on_the_way = outcome(lambda t: t**-0.5, lambda t: (2 * t) ** -0.5 if t <= 200 else 1.0)
+    assert compare(lower_on_the_way, over_fitted, 1.0) < -0.2
+
+
+def test_a_held_out_loss_that_is_infinite_at_the_end_counts_as_slow():
+    good = outcome(lambda t: t**-0.5, lambda t: t**-0.5)
+    bad = outcome(lambda t: t**-0.5, lambda t: t**-0.5 if t < 400 else float("inf"))
+    assert compare(bad, good, 1.0) == pytest.approx(BOUND / 2, abs=0.05)
+    assert compare(bad, bad, 1.0) == 0.0
+    assert len(good.held_out) == len(HELD_OUT_TIMES)
 
 
 def test_inverse_variance_trusts_the_quieter_estimator():

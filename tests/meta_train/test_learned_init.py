@@ -12,7 +12,7 @@ from learned_optim.meta_train.validation import validate
 
 
 def settings(**changes):
-    base = {"outer_steps": 30, "learn": "init", "estimator": "backprop", "second_order": True, "held_out": True,
+    base = {"outer_steps": 30, "learn": "init", "estimator": "backprop", "second_order": True, "held_out_share": 1.0,
             "unroll_length": 5, "max_length": 5, "meta_loss": "final", "meta_lr": 0.05, "inner_lr": 1e-2,
             "meta_batch": 2, "validation_length": 5, "validate_every": 10, "save_every": 10}  # fmt: skip
     return MetaTrainConfig(**{**base, **changes})
@@ -27,7 +27,9 @@ def test_validation_sees_the_learned_parameters_and_the_best_are_kept(tmp_path):
     assert list(result.init) == list(task.init(torch.Generator())[0])
     assert (tmp_path / "best" / "init.safetensors").exists()
     outcomes = validate(result.policy, [task], settings(), "eager", result.init)
-    assert math.exp(outcomes["regression/0"][0]) == pytest.approx(float(held_out_after(result, task)), rel=1e-4)
+    assert math.exp(outcomes["regression/0"].held_out[-1]) == pytest.approx(
+        float(held_out_after(result, task)), rel=1e-4
+    )
 
 
 def held_out_after(result, task):
@@ -48,4 +50,4 @@ def test_the_policy_is_left_alone_where_only_initial_parameters_are_learned():
 
 def test_tasks_of_other_shapes_are_refused_by_name():
     with pytest.raises((ValueError, RuntimeError), match=r"task '\w+' has other parameters than those"):
-        meta_train(settings(held_out=False), tasks=[regression(), Quadratic()], show_progress=False)
+        meta_train(settings(held_out_share=0.0), tasks=[regression(), Quadratic()], show_progress=False)

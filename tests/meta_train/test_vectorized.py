@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import math
+import random
+from itertools import islice
 
 import pytest
 import torch
 
-from helpers.small_tasks import Quadratic
+from helpers.small_tasks import Quadratic, regression
 from helpers.support import POLICIES, random_policy
 from learned_optim import PolicyConfig
 from learned_optim.meta_train import MetaTrainConfig
 from learned_optim.meta_train.estimators import ES, run_plan, shifted, with_weights
+from learned_optim.meta_train.problem import Problem
+from learned_optim.meta_train.time_ratio import held_out_steps
 from learned_optim.meta_train.trajectories import Plan, TaskSource
+from learned_optim.meta_train.unroll import unroll
 from learned_optim.meta_train.vectorized import UnequalBatches, run_vectorized
 from learned_optim.rule.types import Hyperparameters
 from learned_optim.tasks import FAMILIES
-from learned_optim.tasks.augment import BatchSizeJumps
+from learned_optim.tasks.recipe import SCHEDULES, TrainingRecipe, draw_recipe
 
 STEPS = 6
 HYPER = Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 0.01)
@@ -33,7 +38,7 @@ def stacked(policies):
 
 def both_ways(task, policies, steps=STEPS, lr=1e-3, **options):
     plan = plan_of(task, policies[0], steps, lr)
-    together = run_vectorized(policies[0].config, stacked(policies), plan, steps, **options)
+    together, _ = run_vectorized(policies[0].config, stacked(policies), plan, steps, **options)
     return together, torch.tensor([run_plan(p, plan, steps, "eager").losses for p in policies], dtype=torch.float64)
 
 
@@ -69,9 +74,19 @@ def test_a_run_that_diverges_does_not_touch_its_neighbours():
     assert together[1].isinf()[1:].all()
 
 
+class GrowingSets(Quadratic):
+    """Batches of 4, 5, 6, ... rows."""
+
+    def batches(self, rng):
+        for size, batch in enumerate(super().batches(rng), start=4):
+            yield torch.stack([batch] * size)
+
+    def loss(self, params, buffers, batch):
+        return torch.stack([super(GrowingSets, self).loss(params, buffers, one) for one in batch]).mean()
+
+
 def test_batches_of_unequal_shapes_are_refused_and_evolution_strategies_run_them_alone():
-    policy = random_policy(std=0.05)
-    task = BatchSizeJumps(FAMILIES["teacher_regression"].task(0), period=3)
+    policy, task = random_policy(std=0.05), GrowingSets()
     with pytest.raises(UnequalBatches, match="same shapes"):
         run_vectorized(policy.config, stacked([policy]), plan_of(task, policy, 20), 20)
     config = MetaTrainConfig(**{**vars(SETTINGS), "pairs": 3})
@@ -79,6 +94,45 @@ def test_batches_of_unequal_shapes_are_refused_and_evolution_strategies_run_them
     one = ES(TaskSource([task], SETTINGS, policy.config), SETTINGS, None, "eager").estimate(policy, ["head"], 0, 0)
     assert torch.equal(several.gradient["head"], one.gradient["head"])
     assert several.inner_steps == one.inner_steps
+
+
+@pytest.mark.parametrize("schedule", sorted(SCHEDULES))
+def test_a_recipe_does_the_same_to_the_optimizer_the_unroll_and_vectorized_runs(schedule):
+    policies = [random_policy(seed=seed, std=0.05) for seed in range(2)]
+    recipe = TrainingRecipe(schedule, weight_decay=0.1, clip_norm=0.02)
+    task, steps = regression(), 12
+    plan = plan_of(task, policies[0], steps, lr=3e-2)._replace(recipe=recipe)
+    plan = plan._replace(hyper=plan.hyper._replace(weight_decay=0.1))
+    evaluate_at = held_out_steps(steps)
+    weights = stacked(policies)
+    together, held_out = run_vectorized(policies[0].config, weights, plan, steps, evaluate_at=evaluate_at)
+    for i, policy in enumerate(policies):
+        curve = run_plan(policy, plan, steps, "eager", held_out=True)
+        torch.testing.assert_close(together[i].tolist(), curve.losses, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(held_out[i].tolist(), list(curve.held_out_along), rtol=1e-3, atol=1e-5)
+        problem = Problem(task, plan.seed, clip_norm=recipe.clip_norm)
+        window = list(islice(problem.batches(), steps + 1))
+        start = problem.start(policy.config)
+        _, losses = unroll(policy.weights(), policy.config, problem, start, window, plan.hyper_at)
+        torch.testing.assert_close(losses[:-1].tolist(), curve.losses[1:], rtol=1e-3, atol=1e-5)
+    plain = run_plan(policies[0], plan._replace(recipe=TrainingRecipe()), steps, "eager").losses
+    assert abs(plain[-1] / together[0, -1] - 1.0) > 0.02  # clipping at least has been at work
+
+
+def test_schedules_stay_within_0_and_1_and_only_some_end_at_nothing():
+    for name, schedule in SCHEDULES.items():
+        factors = [schedule(step / 100) for step in range(100)]
+        assert all(0.0 < factor <= 1.0 for factor in factors)
+        assert (factors[-1] < 0.06) == (name in ("cosine", "warmup_cosine", "decay"))
+        assert (factors[0] < 0.02) == name.startswith("warmup")
+    drawn = {draw_recipe(random.Random(seed)) for seed in range(200)}
+    assert {recipe.schedule for recipe in drawn} == set(SCHEDULES)
+
+
+def test_held_out_losses_of_a_task_without_such_data_are_none():
+    policy = random_policy(std=0.05)
+    _, held_out = run_vectorized(policy.config, stacked([policy]), plan_of(Quadratic(), policy), STEPS, evaluate_at=[2])
+    assert held_out.shape == (1, 0)
 
 
 def test_an_estimate_of_several_pairs_is_the_mean_of_those_of_each():

@@ -8,14 +8,18 @@ from torch import nn
 
 from learned_optim.tasks import FAMILIES, ModuleTask, Task, augment, check_task
 from learned_optim.tasks.augment import (
+    AccumulatedGradients,
     BatchSizeJumps,
     DriftingInputs,
     FrozenTensors,
+    GrowingBatches,
     NoisyGradients,
     NoisyLabels,
     RescaledParameters,
     ScaledLoss,
+    repeated_rows,
 )
+from learned_optim.tasks.base import batch_tensors
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -39,6 +43,13 @@ def make_task() -> ModuleTask:
     return ModuleTask(make, make_batches, classify, name="toy", eval_batch=lambda: next(make_batches(seeded(9))))
 
 
+def different_rows(batch) -> int:
+    x, y = batch
+    assert x.shape == (64, 6)
+    assert len(y) == 64
+    return len(x.unique(dim=0))
+
+
 def losses(task: Task, steps: int = 3) -> torch.Tensor:
     params, buffers = task.init(seeded())
     batches = task.batches(seeded(1))
@@ -57,6 +68,8 @@ WRAPPERS = {
     "scaled": lambda t: ScaledLoss(t, 3.0),
     "noisy": lambda t: NoisyGradients(t, 0.5),
     "jumps": lambda t: BatchSizeJumps(t, 2),
+    "growing": GrowingBatches,
+    "accumulated": lambda t: AccumulatedGradients(t, 2),
     "mislabelled": lambda t: NoisyLabels(t, 0.5),
     "drifting": lambda t: DriftingInputs(t, 0.5, 20.0),
     "frozen": lambda t: FrozenTensors(t, seeded(1), 0.8),
@@ -118,11 +131,32 @@ def test_noisy_gradients_keep_the_loss_and_shift_the_gradient_by_the_batch_noise
 
 def test_batch_sizes_jump():
     batches = BatchSizeJumps(make_task(), 2).batches(seeded(1))
-    sizes = [len(x) for x, y in (next(batches) for _ in range(20)) if len(x) == len(y)]
-    assert len(sizes) == 20
+    sizes = [different_rows(next(batches)) for _ in range(20)]
     assert sizes[0] == sizes[1]
     assert len(set(sizes)) > 4
     assert min(sizes) >= 4
+
+
+def test_batches_grow_from_an_eighth_to_all_rows_and_keep_their_shape():
+    task = make_task()
+    task.length = 8
+    batches = GrowingBatches(task).batches(seeded(1))
+    assert [different_rows(next(batches)) for _ in range(9)] == [8, 8, 16, 16, 32, 32, 64, 64, 64]
+
+
+def test_repeated_rows_have_the_loss_of_the_smaller_batch():
+    batch = next(make_batches(seeded(1)))
+    assert torch.equal(repeated_rows(batch, 0.25)[1], batch[1][:16].repeat(4))
+    assert len(repeated_rows(batch, 0.01)[0].unique(dim=0)) == 4
+
+
+def test_accumulated_gradients_are_the_mean_of_those_of_the_batches():
+    task = AccumulatedGradients(make_task(), 3)
+    params, buffers = task.init(seeded())
+    batch = next(task.batches(seeded(1)))
+    one_by_one = [task.task.loss(params, dict(buffers), one) for one in batch]
+    torch.testing.assert_close(task.loss(params, dict(buffers), batch), sum(one_by_one) / 3)
+    assert len({float(loss) for loss in one_by_one}) == 3
 
 
 def test_noisy_labels_keep_the_inputs_and_the_label_counts():
@@ -170,9 +204,9 @@ def test_augment_leaves_out_what_does_not_fit():
         assert "drifting" not in name
 
 
-def test_without_jumps_all_batches_have_one_shape() -> None:
+def test_all_batches_of_an_augmented_task_have_one_shape() -> None:
     family = FAMILIES["teacher_regression"]
-    names = [augment(family.task(0), seeded(seed), jumps=False).name for seed in range(40)]
-    jumping = [augment(family.task(0), seeded(seed)).name for seed in range(40)]
-    assert names == [name.replace("+jumps", "") for name in jumping]
-    assert names != jumping
+    for seed in range(40):
+        batches = augment(family.task(0), seeded(seed)).batches(seeded(1))
+        shapes = {tuple(t.shape for t in batch_tensors(next(batches))) for _ in range(3)}
+        assert len(shapes) == 1
