@@ -9,6 +9,7 @@ the pages say; in addition:
   --backend compiled``, the latter's with ``--ablations --seeds 3``; the row of ``elementwise`` in the former is from a
   run with ``--policies elementwise``;
 - ``iteration.json`` comes from ``tools/measure_iteration.py``. Until there is one, its figures are dashes;
+- ``habits.json`` is what ``learned-optim bench --suite habits`` writes;
 - ``nanogpt.json`` was measured outside this repository.
 
 ``--check`` changes nothing and fails if a document is not current; ``--draw`` also draws docs/nanogpt.png.
@@ -26,6 +27,8 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
+
+from learned_optim.bench import habits_report
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -229,6 +232,11 @@ def meta_train_speed(results: Results) -> Table:
     return table
 
 
+def habits(results: Results) -> str:
+    """What the habits suite measured: a table for each."""
+    return habits_report.markdown(results["habits"], level=3)
+
+
 def nanogpt(results: Results) -> Table:
     """Validation losses along the runs, and processor time."""
     measured = results["nanogpt"]
@@ -288,7 +296,7 @@ def _paragraph(text: str) -> str:
 #: Tables, and some paragraphs, that are made of what was measured; the other tables stand in their files as they are.
 TABLES: dict[str, Callable[[Results], Table | str]] = {
     "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
-    "meta_train_speed": meta_train_speed, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
+    "meta_train_speed": meta_train_speed, "habits": habits, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
     "nanogpt_how": nanogpt_how,
 }  # fmt: skip
 

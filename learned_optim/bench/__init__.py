@@ -11,6 +11,10 @@ quality.py          the suite: ``run_quality``
 figures.py          from runs to figures
 report.py           tables and ``results.json``
 plots.py            pictures
+habits_config.py    what a run of the habits suite is made of
+habits.py           that suite: ``run_habits``
+habits_report.py    its tables
+habits_plots.py     its picture
 config.py           what a run of the step suite is made of
 step.py             what a step costs
 

@@ -18,7 +18,7 @@ from learned_optim.tasks.recipe import cosine
 
 Schedule = Literal["constant", "cosine"]
 Memory = Literal["kept", "reset", "none"]
-OptimizerName = Literal["adamw", "schedule-free", "muon", "sgd", "learned"]
+OptimizerName = Literal["adamw", "schedule-free", "muon", "soap", "sgd", "learned"]
 
 _OURS = inspect.signature(LearnedOptimizer).parameters
 #: What ``LearnedOptimizer(params)`` takes if nothing is said.
@@ -34,7 +34,9 @@ class Setting:
 
     Args:
         optimizer: which one. ``muon`` orthogonalises the updates of hidden matrices and leaves the rest to AdamW at the
-            same learning rate, with updates of AdamW's size (``adjust_lr_fn="match_rms_adamw"``).
+            same learning rate, with updates of AdamW's size (``adjust_lr_fn="match_rms_adamw"``). ``soap`` is Adam in
+            the eigenbasis of Shampoo's preconditioner (Vyas et al. 2024, arXiv 2409.11321), with the paper's betas of
+            0.95 and a new basis every 10 steps; sides longer than ``SOAP_LARGEST`` stay as they are.
         lr: learning rate, in the optimizer's own unit.
         schedule: constant, or a cosine decay to zero over the run.
         warmup: part of the run over which the learning rate grows linearly (``schedule-free`` only, which has its own).
@@ -72,23 +74,31 @@ class Setting:
 
 ADAMW_1E3 = Setting("adamw", 1e-3)
 
+#: Longest side of a tensor that SOAP turns. The library's is 10,000, with which a new basis takes minutes on one core.
+SOAP_LARGEST = 2048
+#: Optimizers from libraries of the extra ``bench``: the module, and what notes call the optimizer.
+LIBRARIES = {"schedule-free": ("schedulefree", "schedule-free AdamW"), "soap": ("pytorch_optimizer", "SOAP")}
+
 
 def grid(optimizer: OptimizerName, *, quick: bool = False) -> tuple[Setting, ...]:
     """What an optimizer is tuned over, task by task.
 
-    AdamW: 7 learning rates, constant and cosine. Muon and SGD with momentum 0.9: 5, constant and cosine. Schedule-free
-    AdamW: 5, with and without a warm-up of 5% of the run. ``learned``: 3 around its default, constant and cosine.
+    AdamW: 7 learning rates, constant and cosine. Muon, SOAP and SGD with momentum 0.9: 5, constant and cosine.
+    Schedule-free AdamW: 5, with and without a warm-up of 5% of the run. ``learned``: 3 around its default, constant and
+    cosine.
     ``quick`` takes every second learning rate or so.
     """
     lrs: dict[str, tuple[float, ...]] = {
         "adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         "schedule-free": (1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
         "muon": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "soap": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
         "sgd": (1e-2, 3e-2, 1e-1, 3e-1, 1.0),
         "learned": (3e-4, 1e-3, 3e-3),
     }
     quick_lrs: dict[str, tuple[float, ...]] = {
-        "adamw": (1e-3, 3e-3, 1e-2), "schedule-free": (1e-2,), "muon": (3e-3,), "sgd": (1e-1,), "learned": (1e-3, 3e-3),
+        "adamw": (1e-3, 3e-3, 1e-2), "schedule-free": (1e-2,), "muon": (3e-3,), "soap": (3e-3,), "sgd": (1e-1,),
+        "learned": (1e-3, 3e-3),
     }  # fmt: skip
     rates = (quick_lrs if quick else lrs)[optimizer]
     if optimizer == "schedule-free":
@@ -103,8 +113,9 @@ def grid(optimizer: OptimizerName, *, quick: bool = False) -> tuple[Setting, ...
 
 def missing(optimizer: OptimizerName) -> str | None:
     """Why an optimizer cannot be run here, or ``None``."""
-    if optimizer == "schedule-free" and importlib.util.find_spec("schedulefree") is None:
-        return 'schedule-free AdamW was left out: pip install "learned-optim[bench]"'
+    for name, (module, title) in LIBRARIES.items():
+        if optimizer == name and importlib.util.find_spec(module) is None:
+            return f'{title} was left out: pip install "learned-optim[bench]"'
     if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         return f"Muon was left out: torch {torch.__version__} has no torch.optim.Muon (2.9 has)"
     return None
@@ -169,6 +180,10 @@ def _build(setting: Setting, params: Mapping[str, Tensor], steps: int, policy: P
         optimizer = schedulefree.AdamWScheduleFree(tensors, lr=lr, weight_decay=decay, warmup_steps=warmup)
         optimizer.train()
         return [optimizer]
+    if setting.optimizer == "soap":
+        from pytorch_optimizer import SOAP
+
+        return [SOAP(tensors, lr=lr, weight_decay=decay, max_precondition_dim=SOAP_LARGEST)]
     if setting.optimizer == "muon":
         hidden = hidden_matrices(params)
         rest = [p for name, p in params.items() if name not in hidden]

@@ -20,6 +20,10 @@ Speedup of ours over a reference, both of T steps
 Held-out speedup
     The same with held-out losses, unsmoothed, which are known at some points along the run; between them linear.
 
+Held-out loss at the end, and the lowest along the run
+    Each is compared with that of the reference's setting whose own is the lowest: a user who stops early, or who looks
+    at held-out data at all, chooses by that figure and not by the training loss.
+
 Diverged
     A loss that is not finite, or a final loss above 1.5 times the first one.
 """
@@ -52,7 +56,7 @@ class Run:
         first_loss: the loss of the first batch.
         evaluated_at: steps after which the held-out loss was taken, from 0 to the end; empty if there is no such data.
         held_out: those losses; ``inf`` once the run had diverged.
-        step_seconds: processor seconds per step (gradient and update), median over the run, one thread.
+        step_seconds: processor seconds per step (gradient and update), typical of the run, one thread.
         update_seconds: processor seconds of the optimizer's part of it.
         parameters: coordinates of the model.
     """
@@ -76,6 +80,11 @@ class Run:
     def final_held_out(self) -> float | None:
         """The held-out loss at the end."""
         return float(self.held_out[-1]) if len(self.held_out) else None
+
+    @property
+    def lowest_held_out(self) -> float | None:
+        """The lowest held-out loss along the run, its start included: what the best checkpoint would have."""
+        return float(self.held_out.min()) if len(self.held_out) else None
 
 
 def bin_edges(steps: int) -> Values:

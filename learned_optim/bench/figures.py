@@ -4,10 +4,30 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from learned_optim.bench.curves import FLOOR, Run, final_loss, geometric_mean, held_out_speedup, speedup, spread
-from learned_optim.bench.quality import QualityResult, TaskResult
+from learned_optim.bench.quality import CHOSEN_BY, HELD_OUT, Figure, QualityResult, TaskResult
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """A held-out figure of a contender and of a reference, each at the setting whose own figure is the lowest.
+
+    Args:
+        loss: mean over the seeds; ``None`` where it is not finite.
+        reference_loss: the reference's.
+        reference_setting: its setting, in words.
+    """
+
+    loss: float | None
+    reference_loss: float | None
+    reference_setting: str
+
+    @property
+    def ratio(self) -> float | None:
+        """Over the reference's; ``None`` where either is not positive."""
+        return _over(self.loss, self.reference_loss)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,8 +42,9 @@ class Comparison:
         held_out_speedup: the same in held-out loss, geometric mean.
         loss: final smoothed training loss, mean over the seeds.
         reference_loss: the reference's.
-        held_out_loss: at the end, mean over the seeds.
+        held_out_loss: at the end, mean over the seeds, with the setting whose training loss is the lowest.
         reference_held_out_loss: the reference's.
+        held_out: the figures of ``HELD_OUT``, each at the settings that are best by it; empty without held-out data.
         time_ratio: seconds per step over the reference's: the same gradient, each with its own update.
         diverged: runs that did.
         reference_diverged: the reference's.
@@ -38,6 +59,7 @@ class Comparison:
     reference_loss: float | None
     held_out_loss: float | None
     reference_held_out_loss: float | None
+    held_out: Mapping[Figure, HeldOut]
     time_ratio: float | None
     diverged: int
     reference_diverged: int
@@ -45,8 +67,7 @@ class Comparison:
     @property
     def held_out_ratio(self) -> float | None:
         """Held-out loss at the end over the reference's; ``None`` where either is not positive."""
-        ours, its = self.held_out_loss, self.reference_held_out_loss
-        return ours / its if ours is not None and its is not None and ours > 0.0 and its > 0.0 else None
+        return _over(self.held_out_loss, self.reference_held_out_loss)
 
     @property
     def time_speedup(self) -> float | None:
@@ -66,7 +87,9 @@ class Summary:
         worst_task: where.
         losses: tasks with a speedup below 1.
         held_out_speedup: geometric mean.
-        held_out_ratio: held-out loss at the end over the reference's, geometric mean over the tasks that have both.
+        held_out_ratio: held-out loss at the end over the reference's, with the settings whose training loss is the
+            lowest; geometric mean over the tasks that have both.
+        held_out_ratios: of the figures of ``HELD_OUT``, with the settings that are best by each; the same mean.
         time_ratio: seconds per step over the reference's, geometric mean.
         time_speedup: speedup in processor time, geometric mean.
         diverged: runs that did.
@@ -81,6 +104,7 @@ class Summary:
     losses: int
     held_out_speedup: float | None
     held_out_ratio: float | None
+    held_out_ratios: Mapping[Figure, float | None]
     time_ratio: float | None
     time_speedup: float | None
     diverged: int
@@ -97,6 +121,7 @@ def compare(task: TaskResult, contender: str, reference: str) -> Comparison:
         task.task, _mean(faster), spread(faster), spread([math.log(x) for x in faster]), _mean(held_out),
         _average([final_loss(run) for run in ours]), _average([final_loss(run) for run in its]),
         _average([run.final_held_out for run in ours]), _average([run.final_held_out for run in its]),
+        {figure: _held_out(task, figure, contender, reference) for figure in HELD_OUT if len(ours[0].held_out)},
         _time_ratio(ours, its), sum(run.diverged for run in ours), sum(run.diverged for run in its),
     )  # fmt: skip
 
@@ -118,6 +143,7 @@ def summarise(comparisons: Sequence[Comparison]) -> Summary:
         sum((c.speedup or FLOOR) < 1.0 for c in known),
         _mean(_known([c.held_out_speedup for c in comparisons])),
         _mean(_known([c.held_out_ratio for c in comparisons])),
+        {f: _mean(_known([c.held_out[f].ratio for c in comparisons if f in c.held_out])) for f in HELD_OUT},
         _mean(_known([c.time_ratio for c in comparisons])),
         _mean(_known([c.time_speedup for c in comparisons])),
         sum(c.diverged for c in comparisons), sum(c.reference_diverged for c in comparisons),
@@ -127,6 +153,16 @@ def summarise(comparisons: Sequence[Comparison]) -> Summary:
 def share_at_least(speedups: Sequence[float | None], x: float) -> float:
     """The performance profile at x: the part of the tasks on which the speedup is at least x (unknown ones are not)."""
     return sum(s is not None and s >= x for s in speedups) / len(speedups) if speedups else math.nan
+
+
+def _held_out(task: TaskResult, figure: Figure, contender: str, reference: str) -> HeldOut:
+    ours, its = task.chosen_by[figure][contender], task.chosen_by[figure][reference]
+    mine, other = (_average([CHOSEN_BY[figure](run) for run in choice.runs]) for choice in (ours, its))
+    return HeldOut(mine, other, str(its.setting))
+
+
+def _over(ours: float | None, its: float | None) -> float | None:
+    return ours / its if ours is not None and its is not None and ours > 0.0 and its > 0.0 else None
 
 
 def _time_ratio(ours: Sequence[Run], its: Sequence[Run]) -> float | None:

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Told apart by those who do not see all colours too (Okabe and Ito 2008); ours is the loudest.
 _COLOURS = {REFERENCE: "#000000", FIXED: "#999999", "schedule-free AdamW, tuned": "#0072B2", "Muon, tuned": "#009E73",
-            "SGD with momentum, tuned": "#CC79A7"}  # fmt: skip
-_OURS = ("#D55E00", "#E69F00", "#56B4E9", "#8B4513", "#7B3294")
+            "SOAP, tuned": "#8A8D00", "SGD with momentum, tuned": "#CC79A7"}  # fmt: skip
+OURS = ("#D55E00", "#E69F00", "#56B4E9", "#8B4513", "#7B3294")
 
 
 def draw_all(result: QualityResult, folder: Path) -> list[Path]:
@@ -36,7 +36,7 @@ def draw_all(result: QualityResult, folder: Path) -> list[Path]:
     colours = _colours(result)
     files = [_speedups(result, folder), _profile(result, folder, colours), _overview(result, folder, colours)]
     for task in result.tasks:
-        figure = _figure(10.0, 4.2)
+        figure = new_figure(10.0, 4.2)
         left, right = figure.subplots(1, 2)
         _curves(left, task, colours, held_out=False)
         _curves(right, task, colours, held_out=True)
@@ -46,8 +46,8 @@ def draw_all(result: QualityResult, folder: Path) -> list[Path]:
             f"{task.task}: each optimizer at its best setting here; mean over the seeds, band from lowest to highest",
             fontsize=10,
         )
-        _legend(figure, left, columns=4)
-        files.append(_save(figure, folder / f"{task.task.replace('/', '-')}.png"))
+        legend(figure, left, columns=4)
+        files.append(save(figure, folder / f"{task.task.replace('/', '-')}.png"))
     return files
 
 
@@ -57,14 +57,14 @@ def _shown(result: QualityResult) -> list[Contender]:
 
 def _colours(result: QualityResult) -> dict[str, str]:
     ours = [c.name for c in _shown(result) if c.role != "baseline"]
-    return {**_COLOURS, **{name: _OURS[i % len(_OURS)] for i, name in enumerate(ours)}}
+    return {**_COLOURS, **{name: OURS[i % len(OURS)] for i, name in enumerate(ours)}}
 
 
 def _speedups(result: QualityResult, folder: Path) -> Path:
     """Bars per task, the seeds as points."""
     subject = result.subject()
     rows = sorted(compare_all(result, subject.name, REFERENCE), key=lambda c: c.speedup or 0.0)
-    figure = _figure(8.0, 1.6 + 0.34 * len(rows))
+    figure = new_figure(8.0, 1.6 + 0.34 * len(rows))
     axes = figure.subplots()
     for y, row in enumerate(rows):
         _bar(axes, y, row)
@@ -78,8 +78,8 @@ def _speedups(result: QualityResult, folder: Path) -> Path:
         title=f"{subject.name}, nothing tuned, against AdamW tuned for each task",
         xlabel="times fewer steps to AdamW's final training loss (right of the line: learned is faster)",
     )
-    _bare(axes)
-    return _save(figure, folder / "speedup.png")
+    bare(axes)
+    return save(figure, folder / "speedup.png")
 
 
 def _bar(axes: Axes, y: int, row: Comparison) -> None:
@@ -98,7 +98,7 @@ def _bar(axes: Axes, y: int, row: Comparison) -> None:
 
 def _profile(result: QualityResult, folder: Path, colours: dict[str, str]) -> Path:
     """Share of tasks with at least a speedup."""
-    figure = _figure(7.5, 4.8)
+    figure = new_figure(7.5, 4.8)
     axes = figure.subplots()
     x = np.geomspace(0.1, 10.0, 400)
     for c in _shown(result):
@@ -114,16 +114,16 @@ def _profile(result: QualityResult, folder: Path, colours: dict[str, str]) -> Pa
     axes.set(xscale="log", xlim=(0.1, 10.0), ylim=(0.0, 102.0), ylabel="share of tasks (%) at least that fast",
              xlabel="speedup over AdamW tuned per task, in steps (further right is faster)")  # fmt: skip
     _ratio_ticks(axes)
-    _bare(axes)
-    _legend(figure, axes, columns=2)
-    return _save(figure, folder / "profile.png")
+    bare(axes)
+    legend(figure, axes, columns=2)
+    return save(figure, folder / "profile.png")
 
 
 def _overview(result: QualityResult, folder: Path, colours: dict[str, str]) -> Path:
     """Training loss on every task, small."""
     columns = min(4, len(result.tasks))
     rows = math.ceil(len(result.tasks) / columns)
-    figure = _figure(3.4 * columns + 0.6, 2.7 * rows + 1.2)
+    figure = new_figure(3.4 * columns + 0.6, 2.7 * rows + 1.2)
     grid = figure.subplots(rows, columns, squeeze=False)
     for axes in grid.flat[len(result.tasks) :]:
         axes.set_visible(False)
@@ -133,8 +133,8 @@ def _overview(result: QualityResult, folder: Path, colours: dict[str, str]) -> P
         axes.set_xlabel("steps", fontsize=8)
     figure.supylabel("training loss, smoothed (lower is better)", fontsize=10)
     figure.suptitle("Training loss, each optimizer at its best setting for the task; mean over the seeds", fontsize=11)
-    _legend(figure, grid.flat[0], columns=4)
-    return _save(figure, folder / "curves.png")
+    legend(figure, grid.flat[0], columns=4)
+    return save(figure, folder / "curves.png")
 
 
 def _curves(axes: Axes, task: TaskResult, colours: dict[str, str], *, held_out: bool) -> None:
@@ -165,7 +165,7 @@ def _curves(axes: Axes, task: TaskResult, colours: dict[str, str], *, held_out: 
     else:
         axes.set_ylim(low, high)
     axes.set_xlim(0, task.steps)
-    _bare(axes)
+    bare(axes)
 
 
 def _stack(runs: Sequence[Run], held_out: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -178,7 +178,7 @@ def _mean(values: np.ndarray) -> np.ndarray:
     return np.where(np.isfinite(mean), mean, np.nan)
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
@@ -209,17 +209,17 @@ def _plain_ticks(axes: Axes, low: float, high: float) -> None:
     axes.set_yticks([], minor=True)
 
 
-def _bare(axes: Axes) -> None:
+def bare(axes: Axes) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _legend(figure: Any, axes: Axes, columns: int) -> None:
+def legend(figure: Any, axes: Axes, columns: int) -> None:
     handles, labels = axes.get_legend_handles_labels()
     if handles:
         figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False, fontsize=8)
 
 
-def _save(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=130)
     write_atomically(path, buffer.getvalue())

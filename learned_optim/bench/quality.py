@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +21,16 @@ from learned_optim.tasks import FAMILIES, Task, get_families
 REFERENCE = "AdamW, tuned"
 FIXED = "AdamW 1e-3"
 _BASELINES = {"adamw": REFERENCE, "schedule-free": "schedule-free AdamW, tuned", "muon": "Muon, tuned",
-              "sgd": "SGD with momentum, tuned"}  # fmt: skip
+              "soap": "SOAP, tuned", "sgd": "SGD with momentum, tuned"}  # fmt: skip
+
+Figure = Literal["training loss", "held-out loss at the end", "lowest held-out loss"]
+#: What a setting is chosen by, of each run; ``None`` where there is no held-out data.
+CHOSEN_BY: Mapping[Figure, Callable[[Run], float | None]] = {
+    "training loss": final_loss,
+    "held-out loss at the end": lambda run: run.final_held_out,
+    "lowest held-out loss": lambda run: run.lowest_held_out,
+}
+HELD_OUT: tuple[Figure, ...] = ("held-out loss at the end", "lowest held-out loss")
 
 Role = Literal["learned", "learned, tuned", "baseline", "ablation"]
 
@@ -47,7 +56,7 @@ class Contender:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Choice:
-    """How a contender did on a task: the setting with the lowest final training loss (mean over the seeds)."""
+    """How a contender did on a task at the setting with the lowest value of a figure (mean over the seeds)."""
 
     setting: Setting
     runs: tuple[Run, ...]  #: one per seed
@@ -65,7 +74,12 @@ class TaskResult:
     task: str
     split: str  #: of the zoo, or empty
     steps: int
-    choices: Mapping[str, Choice]  #: by the contender's name
+    chosen_by: Mapping[Figure, Mapping[str, Choice]]  #: by the figure that was lowest and the contender's name
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """By the contender's name, at the setting with the lowest final training loss."""
+        return self.chosen_by["training loss"]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -119,7 +133,10 @@ def run_quality(
                 rest = plan.rest()
                 pool.announce(rest)
                 plan.make(pool, rest)
-    results = [TaskResult(p.name, p.split, p.steps, {c.name: p.choose(c) for c in contenders}) for p in plans]
+    results = [
+        TaskResult(p.name, p.split, p.steps, {f: {c.name: p.choose(c, f) for c in contenders} for f in CHOSEN_BY})
+        for p in plans
+    ]
     if cache.damaged:
         notes.append(f"{len(cache.damaged)} damaged files in the cache were made again")
     if any(p.split == "validation" for p in plans):
@@ -222,25 +239,30 @@ class _Plan:
         self._runs |= pool.run(specs)
 
     def rest(self) -> list[RunSpec]:
-        """The best settings of the first seed, on the other seeds."""
+        """The best settings of the first seed by each of the figures, on the other seeds."""
         specs = []
         for c in self.contenders:
-            best = sorted(c.settings, key=lambda s: _mean_final(self._of(s)[:1]))[: self.config.keep]
-            specs += [self._spec(s, seed, c.policy) for s in best for seed in range(1, self.config.seeds)]
+            for figure in CHOSEN_BY:
+                best = self._ranked(c.settings, figure, seeds=1)[: self.config.keep]
+                specs += [self._spec(s, seed, c.policy) for s in best for seed in range(1, self.config.seeds)]
         return [spec for spec in specs if spec is not None]
 
     def _of(self, setting: Setting) -> list[Run]:
-        keys = [(setting, seed) for seed in range(self.config.seeds)]
-        return [self._runs[self._specs[key]] for key in keys if key in self._specs]
+        specs = [self._specs.get((setting, seed)) for seed in range(self.config.seeds)]
+        return [self._runs[spec] for spec in specs if spec in self._runs]
 
-    def choose(self, contender: Contender) -> Choice:
+    def _ranked(self, settings: Sequence[Setting], figure: Figure, seeds: int) -> list[Setting]:
+        return sorted(settings, key=lambda s: _mean(figure, self._of(s)[:seeds]))
+
+    def choose(self, contender: Contender, figure: Figure) -> Choice:
         complete = [s for s in contender.settings if len(self._of(s)) == self.config.seeds]
-        best = min(complete, key=lambda s: _mean_final(self._of(s)))
+        best = self._ranked(complete, figure, self.config.seeds)[0]
         return Choice(best, tuple(self._of(best)))
 
 
-def _mean_final(runs: Sequence[Run]) -> float:
-    """Mean final loss; infinite if any run diverged, so that it never wins against one that did not."""
+def _mean(figure: Figure, runs: Sequence[Run]) -> float:
+    """Mean of a figure, the training loss where it is not known; infinite if any run diverged: that never wins."""
     if any(run.diverged for run in runs):
         return math.inf
-    return sum(final_loss(run) for run in runs) / len(runs)
+    values = [CHOSEN_BY[figure](run) for run in runs]
+    return sum(final_loss(run) if value is None else value for run, value in zip(runs, values, strict=True)) / len(runs)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from learned_optim.bench.figures import Comparison, Summary, compare_all, summarise
-from learned_optim.bench.quality import FIXED, REFERENCE, Contender, QualityResult
+from learned_optim.bench.quality import FIXED, HELD_OUT, REFERENCE, Contender, QualityResult
 from learned_optim.policy.card import validate_results
 from learned_optim.policy.files import write_atomically
 
@@ -34,9 +34,16 @@ def markdown(result: QualityResult, looks: int | None = None) -> str:
         "## Against optimizers tuned per task", "", *summary_table(result), "",
         f"## Task by task: {subject.name} against {_reference(result)}", "", *task_table(result, subject), "",
     ]  # fmt: skip
+    if any(c.held_out for c in compare_all(result, subject.name, REFERENCE)):
+        lines += [
+            "## Held-out loss", "", "Over that of AdamW, both at the setting whose own figure is the lowest; below 1 "
+            "is better. Geometric means.", "", *held_out_table(result), "",
+            f"{subject.name}, task by task:", "", *held_out_task_table(result, subject), "",
+        ]  # fmt: skip
     if any(c.role == "ablation" for c in result.contenders):
         lines += ["## Ablations", "", *ablation_table(result), ""]
     lines += ["## Notes", "", f"- {DEFINITION}"]
+    lines.append("- Held-out columns of the first two tables: at the settings whose training loss is the lowest.")
     lines.append("- Time per step: processor seconds of one thread, over those of the reference.")
     lines += [f"- {note}" for note in result.notes]
     if looks is not None:
@@ -83,6 +90,27 @@ def task_table(result: QualityResult, contender: Contender) -> list[str]:
     head = ["task", "steps", "speedup", "held-out speedup", "loss", "AdamW's", "held-out loss", "AdamW's",
             "time per step", "speedup in time", "AdamW's best setting"]  # fmt: skip
     return _table(head, rows, left=(0, 10))
+
+
+def held_out_table(result: QualityResult) -> list[str]:
+    """Both held-out figures of every contender over those of AdamW chosen by the same figure."""
+    rows = []
+    for c in result.contenders:
+        if c.role != "ablation" and c.name != REFERENCE:
+            ratios = summarise(compare_all(result, c.name, REFERENCE)).held_out_ratios
+            rows.append([c.name, *(_ratio(ratios[figure]) for figure in HELD_OUT)])
+    return _table(["", *HELD_OUT], rows)
+
+
+def held_out_task_table(result: QualityResult, contender: Contender) -> list[str]:
+    """Both held-out figures of one contender, task by task."""
+    rows = []
+    for c in compare_all(result, contender.name, REFERENCE):
+        figures = [c.held_out[figure] for figure in HELD_OUT if figure in c.held_out]
+        cells = [(_number(f.loss), _number(f.reference_loss), _ratio(f.ratio), f.reference_setting) for f in figures]
+        rows.append([c.task, *(cell for four in cells or [("–",) * 4] * len(HELD_OUT) for cell in four)])
+    head = [word for figure in HELD_OUT for word in (figure, "AdamW's", "ratio", "AdamW's setting")]
+    return _table(["task", *head], rows, left=(0, 4, 8))
 
 
 def ablation_table(result: QualityResult) -> list[str]:
@@ -153,6 +181,8 @@ def _summary(result: QualityResult, contender: Contender) -> dict[str, float | s
             summary["runs that diverged"] = s.diverged
             summary["held-out speedup, geometric mean"] = s.held_out_speedup
             summary["held-out loss at the end, over the reference's, geometric mean"] = s.held_out_ratio
+            for figure, ratio in s.held_out_ratios.items():
+                summary[f"{figure}, over that of AdamW chosen by it, geometric mean"] = ratio
             summary["time per step, over the reference's"] = s.time_ratio
             summary["speedup in time, geometric mean"] = s.time_speedup
     tuned = [c for c in result.contenders if c.role == "learned, tuned" and c.label == contender.label]
@@ -191,10 +221,12 @@ def _reference(result: QualityResult) -> str:
 
 
 def _plain(values: Comparison | Summary) -> dict[str, Any]:
-    return {key: _rounded(value) for key, value in dataclasses.asdict(values).items()}
+    return _rounded(dataclasses.asdict(values))
 
 
 def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 

@@ -10,22 +10,27 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from learned_optim.bench.baselines import Driver, Setting
+from learned_optim.bench.baselines import LIBRARIES, Driver, Setting
 from learned_optim.bench.curves import Run, binned
 from learned_optim.policy.policy import Policy
 from learned_optim.tasks import FAMILIES, Task
+from learned_optim.tasks.base import batches_of
 
 #: Goes up when runs made before are no longer comparable.
 FORMAT = 1
 #: Batches that BatchNorm's averages are taken over again where weights other than the trained ones are evaluated.
 CALIBRATION = 20
+#: Steps that times are averaged over; SOAP has a new basis in each tenth step.
+PERIOD = 10
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,10 +70,9 @@ class RunSpec:
         }  # fmt: skip
         if self.setting.optimizer == "learned":
             key["rule"] = rule_sources()
-        if self.setting.optimizer == "schedule-free":
-            from importlib.metadata import version
-
-            key["schedulefree"] = version("schedulefree")
+        if self.setting.optimizer in LIBRARIES:
+            module, _ = LIBRARIES[self.setting.optimizer]
+            key[module] = version(module)
         return key
 
 
@@ -109,7 +113,7 @@ def behaviour(task: Task) -> tuple[str, float]:
     """
     params, buffers = task.init(torch.Generator().manual_seed(1))
     leaves = {name: p.requires_grad_() for name, p in params.items()}
-    batches = task.batches(torch.Generator().manual_seed(2))
+    batches = batches_of(task, torch.Generator().manual_seed(2))
     digest = hashlib.sha256(repr([(name, tuple(p.shape)) for name, p in params.items()]).encode())
     seconds: list[float] = []
 
@@ -151,6 +155,19 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
+def seconds_per_step(clocks: NDArray[np.float64]) -> NDArray[np.float64]:
+    """What a step takes, of times per step in rows: means of ten steps in a row, and the median of those.
+
+    A mean, because some optimizers have more to do in every tenth step; a median, because other processes get in
+    between. The first fifth is left out: it makes state and warms caches up, and compilation is not a cost per step.
+    """
+    rest = clocks[len(clocks) // 5 :]
+    blocks = len(rest) // PERIOD
+    return np.median(
+        rest[len(rest) - blocks * PERIOD :].reshape(blocks, PERIOD, -1).mean(1) if blocks else rest, axis=0
+    )
+
+
 def train(spec: RunSpec) -> Run:
     """Make a run. The same spec gives the same losses; the seconds are this machine's.
 
@@ -164,7 +181,7 @@ def train(spec: RunSpec) -> Run:
         params, buffers = task.init(torch.Generator().manual_seed(seed))
         leaves = {name: p.requires_grad_() for name, p in params.items()}
         driver = Driver(spec.setting, leaves, steps, spec.policy)
-        batches = task.batches(torch.Generator().manual_seed(seed + 1))
+        batches = batches_of(task, torch.Generator().manual_seed(seed + 1))
         at = evaluation_steps(steps, spec.evaluations) if getattr(task, "eval_loss", None) is not None else []
         held_out = [math.inf] * len(at)
         losses = np.full(steps, math.inf)
@@ -187,9 +204,7 @@ def train(spec: RunSpec) -> Run:
             middle = time.process_time()
             driver.step(step / steps)
             clocks[step] = (time.process_time() - start, time.process_time() - middle)
-    done = clocks[: step or 1]
-    # The first steps make state and warm caches up, and compilation is not a cost per step.
-    step_seconds, update_seconds = np.median(done[len(done) // 5 :], axis=0)
+    step_seconds, update_seconds = seconds_per_step(clocks[: step or 1])
     return Run(
         steps, binned(losses), float(losses[0]), np.array(at, dtype=float), _finite_prefix(held_out),
         float(step_seconds), float(update_seconds), sum(p.numel() for p in params.values()),
@@ -203,7 +218,7 @@ def _held_out(task: Task, params: dict[str, Tensor], buffers: dict[str, Tensor],
     try:
         if others and any("running_" in name for name in buffers):
             buffers = {name: b.clone() for name, b in buffers.items()}
-            batches = task.batches(torch.Generator().manual_seed(seed + 2))
+            batches = batches_of(task, torch.Generator().manual_seed(seed + 2))
             for _ in range(CALIBRATION):
                 task.loss(params, buffers, next(batches))
         return float(evaluate(params, buffers))

@@ -7,6 +7,7 @@ hub_errors.py   what the Hub and its client raise, as our exceptions
 files.py        a policy as four files in a folder; the atomic writer of this package
 filenames.py    what these files are called
 card.py         the model card
+markdown.py     values as words of it
 fingerprint.py  which rule it is, in 16 digits
 errors.py       our exceptions
 """

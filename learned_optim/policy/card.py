@@ -31,6 +31,10 @@ have the type given here (:func:`validate_results`)::
         }],
         "summary": {"what": 1.0}              figures or words, shown as they are
       },
+      "habits": {                             what ``bench --suite habits`` measured
+        "command": "learned-optim bench --suite habits",
+        "figures": {"what": "1.2 and 3.4"}    figures or words, shown as they are
+      },
       "notes": ["a sentence"]                 limits and remarks, shown as they are
     }
 
@@ -41,12 +45,12 @@ from __future__ import annotations
 
 import json
 import math
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
+from learned_optim.policy import markdown as md
 from learned_optim.policy.fingerprint import fingerprint
 from learned_optim.rule.config import PolicyConfig
 
@@ -55,7 +59,7 @@ _TEXTS, _SEEDS, _FIGURES = "a list of texts", "a whole number or a list of them"
 _OBJECT, _OBJECTS = "an object", "a list of objects"
 
 _RESULTS = {"bundled_as": _TEXT, "license": _TEXT, "datasets": _TEXTS, "training": _OBJECT, "evaluation": _OBJECT,
-            "notes": _TEXTS}  # fmt: skip
+            "habits": _OBJECT, "notes": _TEXTS}  # fmt: skip
 _TRAINING = {"method": _TEXT, "tasks": _TEXTS, "outer_steps": _COUNT, "core_hours": _NUMBER, "seeds": _SEEDS,
              "command": _TEXT}  # fmt: skip
 _EVALUATION = {"suite": _TEXT, "command": _TEXT, "seeds": _SEEDS, "reference": _TEXT, "tasks": _OBJECTS,
@@ -63,6 +67,8 @@ _EVALUATION = {"suite": _TEXT, "command": _TEXT, "seeds": _SEEDS, "reference": _
 _TASK = {"task": _TEXT, "split": _TEXT, "speedup": _NUMBER, "spread": _NUMBER, "loss": _NUMBER,
          "reference_loss": _NUMBER, "held_out_loss": _NUMBER, "reference_held_out_loss": _NUMBER,
          "diverged": _FLAG}  # fmt: skip
+
+_HABITS = {"command": _TEXT, "figures": _FIGURES}
 
 _METRICS = ("speedup", "loss", "held_out_loss")
 _LARGEST = 1e300  # what is shown is also averaged and drawn, in floats
@@ -78,6 +84,7 @@ def validate_results(results: Any) -> None:
     _check({"results": results}, {"results": _OBJECT}, "")
     _check(results, _RESULTS, "results.")
     _check(results.get("training") or {}, _TRAINING, "results.training.")
+    _check(results.get("habits") or {}, _HABITS, "results.habits.")
     evaluation = results.get("evaluation") or {}
     _check(evaluation, _EVALUATION, "results.evaluation.")
     for index, task in enumerate(evaluation.get("tasks") or []):
@@ -142,15 +149,16 @@ def model_card(
     title = repo_id.partition("/")[2] if repo_id else bundled_as
     lines = [
         *_metadata(results), "",
-        f"# {_text(title) or 'An update rule'}", "",
+        f"# {md.text(title) or 'An update rule'}", "",
         "An update rule (*policy*) for `learned_optim`, a drop-in `torch.optim` optimizer.",
         *architecture(config, weights), "",
         "## Use", "",
         "```python", "from learned_optim import LearnedOptimizer", "",
-        f"optimizer = LearnedOptimizer(model.parameters(), policy={json.dumps(_plain(name))})",
+        f"optimizer = LearnedOptimizer(model.parameters(), policy={json.dumps(md.plain(name))})",
         "loss.backward()", "optimizer.step()", "```", "",
         "## How it was made", "", *training(results), "",
         "## Results", "", *evaluation(results), "",
+        *(["## Habits", "", *shown, ""] if (shown := habits(results)) else []),
         "## Limits", "", *_limits(config, results),
     ]  # fmt: skip
     return "\n".join(lines) + "\n"
@@ -189,12 +197,12 @@ def training(results: Mapping[str, Any]) -> list[str]:
     """How the rule was made, as far as the results say."""
     made = results.get("training") or {}
     shown = [
-        ("method", _text(made.get("method"))),
-        ("tasks", ", ".join(_text(task) for task in made.get("tasks") or [])),
-        ("outer steps", _number(made.get("outer_steps"))),
-        ("compute", f"{_number(made['core_hours'])} core hours" if made.get("core_hours") is not None else ""),
-        ("seeds", _seeds(made.get("seeds"))),
-        ("command", _code(made.get("command"))),
+        ("method", md.text(made.get("method"))),
+        ("tasks", ", ".join(md.text(task) for task in made.get("tasks") or [])),
+        ("outer steps", md.number(made.get("outer_steps"))),
+        ("compute", f"{md.number(made['core_hours'])} core hours" if made.get("core_hours") is not None else ""),
+        ("seeds", md.seeds(made.get("seeds"))),
+        ("command", md.code(made.get("command"))),
     ]
     return [f"- {name}: {value}" for name, value in shown if value] or ["Not recorded."]
 
@@ -207,11 +215,11 @@ def evaluation(results: Mapping[str, Any]) -> list[str]:
     if not tasks and not summary:
         return ["Not evaluated."]
     shown = [
-        ("suite", _text(measured.get("suite"))),
-        ("reference", _text(measured.get("reference"))),
-        ("seeds", _seeds(measured.get("seeds"))),
-        ("command", _code(measured.get("command"))),
-        *((_text(key), _number(value) if _is(value, _NUMBER) else _text(value)) for key, value in summary.items()),
+        ("suite", md.text(measured.get("suite"))),
+        ("reference", md.text(measured.get("reference"))),
+        ("seeds", md.seeds(measured.get("seeds"))),
+        ("command", md.code(measured.get("command"))),
+        *_figures(summary),
     ]
     lines = [f"- {name}: {value}" for name, value in shown if value]
     lines += [f"- {sentence}" for sentence in _verdict(tasks)]
@@ -222,9 +230,20 @@ def evaluation(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def habits(results: Mapping[str, Any]) -> list[str]:
+    """What the rule does on noise, after changes and the like, where that was measured."""
+    measured = results.get("habits") or {}
+    shown = [("command", md.code(measured.get("command"))), *_figures(measured.get("figures") or {})]
+    return [f"- {name}: {value}" for name, value in shown if value]
+
+
+def _figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
+    return [(md.text(key), md.number(v) if _is(v, _NUMBER) else md.text(v)) for key, v in values.items()]
+
+
 def notes(results: Mapping[str, Any]) -> list[str]:
     """Limits and remarks that the results hold."""
-    return [_text(note) for note in results.get("notes") or []]
+    return [md.text(note) for note in results.get("notes") or []]
 
 
 def _metadata(results: Mapping[str, Any]) -> list[str]:
@@ -237,9 +256,9 @@ def _metadata(results: Mapping[str, Any]) -> list[str]:
     }
     lines = ["---", "library_name: learned-optim"]
     if results.get("license"):
-        lines.append(f"license: {_yaml(results['license'])}")
+        lines.append(f"license: {md.yaml(results['license'])}")
     for key, values in lists.items():
-        lines += [f"{key}:", *(f"- {_yaml(value)}" for value in values)] if values else []
+        lines += [f"{key}:", *(f"- {md.yaml(value)}" for value in values)] if values else []
     return [*lines, "---"]
 
 
@@ -249,13 +268,13 @@ def _verdict(tasks: list[Mapping[str, Any]]) -> list[str]:
     lost += [task for task in tasks if task.get("diverged") and task not in lost]
     sentences = []
     if known or lost:
-        names = ": " + ", ".join(_text(task["task"]) for task in lost) if lost else ""
+        names = ": " + ", ".join(md.text(task["task"]) for task in lost) if lost else ""
         sentences.append(f"it loses against the reference on {len(lost)} of {len(tasks)} tasks{names}")
     if known and all(task["speedup"] > 0.0 for task in known):
         mean = math.exp(sum(math.log(task["speedup"]) for task in known) / len(known))
         worst = min(task["speedup"] for task in known)
         over = "" if len(known) == len(tasks) else f" over the {len(known)} tasks that have one"
-        sentences.append(f"speedup, geometric mean{over}: {_number(mean)}, worst: {_number(worst)}")
+        sentences.append(f"speedup, geometric mean{over}: {md.number(mean)}, worst: {md.number(worst)}")
     return sentences
 
 
@@ -269,7 +288,7 @@ def _table(tasks: list[Mapping[str, Any]]) -> list[str]:
     if any(task.get("diverged") for task in tasks):
         columns.append("diverged")
     header = ["task", *(column.replace("_", " ").replace("held out", "held-out") for column in columns)]
-    rows = [[_text(task["task"]), *(_cell(task, column) for column in columns)] for task in tasks]
+    rows = [[md.text(task["task"]), *(_cell(task, column) for column in columns)] for task in tasks]
     align = ["---", *("---" if column == "split" else "---:" for column in columns)]
     return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
 
@@ -279,15 +298,15 @@ def _cell(task: Mapping[str, Any], column: str) -> str:
     if column == "diverged":
         return "**yes**" if value else "no"
     if column == "split":
-        return _text(value) or "–"
+        return md.text(value) or "–"
     if value is None:
         return "–"
-    return f"**{_number(value)}** (loses)" if column == "speedup" and value < 1.0 else _number(value)
+    return f"**{md.number(value)}** (loses)" if column == "speedup" and value < 1.0 else md.number(value)
 
 
 def _plot(tasks: list[Mapping[str, Any]]) -> list[str]:
     """Speedups as bars from a line at 1, logarithmic; in characters, so that it shows wherever the card does."""
-    logs = [(_plain(t["task"])[:30], math.log(t["speedup"])) for t in tasks if (t.get("speedup") or 0.0) > 0.0]
+    logs = [(md.plain(t["task"])[:30], math.log(t["speedup"])) for t in tasks if (t.get("speedup") or 0.0) > 0.0]
     scale = max(math.log(1.25), *(abs(value) for _, value in logs))
     width = max(len("speedup"), *(len(name) for name, _ in logs))
     ends = f"{math.exp(-scale):.2g}".ljust(_PLOT_WIDTH), f"{math.exp(scale):.3g}".rjust(_PLOT_WIDTH)
@@ -310,33 +329,3 @@ def _limits(config: PolicyConfig, results: Mapping[str, Any]) -> list[str]:
         measured = "nothing was measured: compare"
     lines.append(f"- {measured} it with a tuned optimizer first")
     return lines + [f"- {note}" for note in notes(results)]
-
-
-def _plain(value: str) -> str:
-    """One line without control characters: the files may come from anyone, and this goes to terminals and pages."""
-    return " ".join("".join(c if c.isprintable() else " " for c in value).split())[:1000]
-
-
-def _text(value: str | None) -> str:
-    """Text that Markdown and HTML leave as it is."""
-    escaped = _plain(value or "").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escaped)
-
-
-def _code(value: str | None) -> str:
-    return f"`{_plain(value).replace('`', chr(39))}`" if value else ""
-
-
-def _yaml(value: str) -> str:
-    plain = _plain(value)
-    return plain if re.fullmatch(r"[A-Za-z][\w./-]*", plain) else json.dumps(plain)
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return ""
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
-
-
-def _seeds(value: int | list[int] | None) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else _number(value)

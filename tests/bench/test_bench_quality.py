@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import Tensor
 
 from helpers.bench_tasks import Cliff, Line, normed
 from learned_optim import Policy, PolicyConfig
@@ -16,7 +17,7 @@ from learned_optim.bench import QualityConfig, compare, draw_all, markdown, read
 from learned_optim.bench.curves import final_loss
 from learned_optim.bench.figures import compare_all, share_at_least
 from learned_optim.bench.pool import Progress
-from learned_optim.bench.quality import FIXED, REFERENCE, QualityResult, load_policies
+from learned_optim.bench.quality import CHOSEN_BY, FIXED, HELD_OUT, REFERENCE, QualityResult, load_policies
 from learned_optim.cli import main
 
 
@@ -34,7 +35,7 @@ def test_everything_is_measured_on_every_task_and_seed(measured: QualityResult) 
     names = [c.name for c in measured.contenders]
     assert {"learned: default", "learned: default, lr tuned", REFERENCE, FIXED, "Muon, tuned"} <= set(names)
     assert "schedule-free AdamW, tuned" in names
-    assert "SGD with momentum, tuned" in names
+    assert {"SGD with momentum, tuned", "SOAP, tuned"} <= set(names)
     for task in measured.tasks:
         assert list(task.choices) == names
         assert all(len(choice.runs) == 2 for choice in task.choices.values())
@@ -49,6 +50,38 @@ def test_the_reference_against_itself_is_1_and_no_baseline_setting_beats_its_cho
     for task in measured.tasks:
         tuned, fixed = task.choices[REFERENCE], task.choices[FIXED]
         assert sum(map(final_loss, tuned.runs)) <= sum(map(final_loss, fixed.runs))
+
+
+def test_held_out_figures_are_compared_with_the_reference_chosen_by_the_same_figure(tmp_path: Path) -> None:
+    class Overfitting(Line):
+        """What is held out wants the weights to stay small, so the settings that train fastest are the worst."""
+
+        def eval_loss(self, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+            return 1.0 + params["output"].square().sum()
+
+    task = run_quality(config(tmp_path, baselines=("adamw",)), tasks=[Overfitting()]).tasks[0]
+    assert task.choices[REFERENCE].setting.lr >= 1e-2
+    assert task.chosen_by["held-out loss at the end"][REFERENCE].setting.lr == 1e-4
+    ours, itself = compare(task, "learned: default", REFERENCE), compare(task, REFERENCE, REFERENCE)
+    end, lowest = (ours.held_out[figure] for figure in HELD_OUT)
+    assert end.reference_setting.startswith("lr 0.0001 ")
+    assert end.reference_loss is not None
+    assert 1.0 < end.reference_loss < 1.001
+    assert end.loss == ours.held_out_loss
+    assert ours.held_out_ratio is not None
+    assert end.ratio is not None
+    assert max(1.0, ours.held_out_ratio) < end.ratio
+    assert lowest.ratio == 1.0  # that of the start
+    assert [itself.held_out[figure].ratio for figure in HELD_OUT] == [1.0, 1.0]
+    assert summarise([ours]).held_out_ratios == {figure: ours.held_out[figure].ratio for figure in HELD_OUT}
+
+
+def test_no_setting_has_a_lower_figure_than_the_one_chosen_by_it(measured: QualityResult) -> None:
+    for task in measured.tasks:
+        for figure, choices in task.chosen_by.items():
+            values = [CHOSEN_BY[figure](run) for run in choices[REFERENCE].runs]
+            for other in (choices[FIXED], *(by[REFERENCE] for by in task.chosen_by.values())):
+                assert sum(values) <= sum(CHOSEN_BY[figure](run) for run in other.runs)  # pyright: ignore
 
 
 def test_adamw_made_of_a_policy_has_speedup_1_over_adamw(tmp_path: Path) -> None:
@@ -73,6 +106,9 @@ def test_results_are_what_the_card_takes(measured: QualityResult, tmp_path: Path
     assert "longer" in card
     assert "speedup over AdamW, tuned, geometric mean" in card
     assert "speedup over AdamW, tuned, hidden state reset: " in card
+    assert "lowest held-out loss, over that of AdamW chosen by it, geometric mean: " in card
+    rows = values["quality"]["contenders"][0]["tasks"]
+    assert {"loss", "reference_loss", "reference_setting"} == set(rows[0]["held_out"]["lowest held-out loss"])
     assert str(Path.home()) not in json.dumps(values)
 
 
@@ -82,6 +118,7 @@ def test_tables_hold_every_contender_and_ablation(measured: QualityResult) -> No
         assert f"| {contender.name} |" in text
     assert "Policies were compared on validation tasks 3 times" in text
     assert "## Ablations" in text
+    assert "| | held-out loss at the end | lowest held-out loss |" in " ".join(text.replace("|  |", "| |").split())
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
 
@@ -131,9 +168,10 @@ def test_damaged_files_are_made_again_and_mentioned(tmp_path: Path) -> None:
 def test_keep_runs_the_best_settings_only_on_further_seeds(tmp_path: Path) -> None:
     everything = run_quality(config(tmp_path / "all", baselines=("adamw",)), tasks=[Line()])
     some = run_quality(config(tmp_path / "some", baselines=("adamw",), keep=2), tasks=[Line()])
-    # 14 of AdamW and 6 of ours on two seeds, against one seed of all and another of 2 + 2 (and of those not tuned).
+    # 14 of AdamW and 6 of ours on two seeds, against one seed of all and another of 2 + 2 by each of three figures,
+    # most of them the same (and of those not tuned).
     assert everything.new_runs == 40
-    assert 24 <= some.new_runs <= 26
+    assert 24 <= some.new_runs <= 34
 
 
 def test_a_diverged_run_never_wins_and_is_counted(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ import torch
 from helpers.bench_tasks import Line, normed
 from learned_optim import Policy, PolicyConfig
 from learned_optim.bench.ablations import ablations, random_weights, with_parts
-from learned_optim.bench.baselines import ADAMW_1E3, Driver, OptimizerName, Setting, grid, hidden_matrices
+from learned_optim.bench.baselines import ADAMW_1E3, Driver, OptimizerName, Setting, grid, hidden_matrices, missing
 from learned_optim.bench.cache import RunCache, log_look, read_looks
-from learned_optim.bench.runs import RunSpec, behaviour, evaluation_steps, find_task, train
+from learned_optim.bench.runs import RunSpec, behaviour, evaluation_steps, find_task, seconds_per_step, train
 from learned_optim.tasks import ModuleTask
 
-OPTIMIZERS: list[OptimizerName] = ["adamw", "schedule-free", "muon", "sgd", "learned"]
+OPTIMIZERS: list[OptimizerName] = ["adamw", "schedule-free", "muon", "soap", "sgd", "learned"]
 
 
 def spec(setting: Setting = ADAMW_1E3, policy: Policy | None = None, task: Any = None, **changes: Any) -> RunSpec:
@@ -61,6 +61,7 @@ def test_grids_are_those_that_are_documented() -> None:
         (lr, schedule) for lr in (3e-4, 1e-3, 3e-3) for schedule in ("constant", "cosine")
     }
     assert {s.warmup for s in grid("schedule-free")} == {0.0, 0.05}
+    assert [(s.lr, s.schedule) for s in grid("soap")] == [(s.lr, s.schedule) for s in grid("muon")]
 
 
 def test_muon_takes_hidden_matrices_only() -> None:
@@ -73,6 +74,35 @@ def test_muon_takes_hidden_matrices_only() -> None:
     params = {k: v.requires_grad_() for k, v in named(a=(4, 4), b=(4, 4), c=(4,)).items()}
     driver = Driver(grid("muon")[0], params, 10, None)
     assert [type(o).__name__ for o in driver.optimizers] == ["AdamW", "Muon"]
+
+
+def test_soap_steps_along_the_eigenbasis_of_its_preconditioner() -> None:
+    """Its steps turn with the problem: that is what tells it from Adam."""
+    torch.manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(5, 5, dtype=torch.float64))[0]
+    grads = [torch.randn(5, 5, dtype=torch.float64) for _ in range(5)]
+
+    def moved(optimizer: OptimizerName, by: torch.Tensor) -> torch.Tensor:
+        params = {"w": torch.zeros(5, 5, dtype=torch.float64, requires_grad=True)}
+        driver = Driver(Setting(optimizer, 0.1, weight_decay=0.0), params, 10, None)
+        for grad in grads:
+            params["w"].grad = by @ grad
+            driver.step(0.0)
+        return params["w"].detach()
+
+    still = torch.eye(5, dtype=torch.float64)
+    assert torch.allclose(moved("soap", turn), turn @ moved("soap", still), atol=1e-6)
+    assert not torch.allclose(moved("adamw", turn), turn @ moved("adamw", still), atol=1e-2)
+
+
+@pytest.mark.parametrize("optimizer", ["schedule-free", "soap"])
+def test_optimizers_of_other_libraries_are_left_out_with_a_note_where_they_are_missing(
+    optimizer: OptimizerName, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert missing(optimizer) is None
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "left out: pip install" in (missing(optimizer) or "")
+    assert missing("adamw") is None
 
 
 def test_the_cosine_schedule_ends_near_zero_and_applies_to_every_optimizer() -> None:
@@ -122,6 +152,14 @@ def test_evaluations_include_the_start_and_the_end() -> None:
     assert evaluation_steps(1000, 16)[-1] == 1000
     assert len(evaluation_steps(1000, 16)) == 17
     assert evaluation_steps(2, 16) == [0, 1, 2]
+
+
+def test_seconds_per_step_hold_what_happens_every_tenth_step_and_no_interruption() -> None:
+    times = np.ones((203, 2))
+    times[5::10, 1] = 11.0
+    times[0] = times[100] = 1000.0
+    assert seconds_per_step(times).tolist() == [1.0, 2.0]
+    assert seconds_per_step(np.ones((1, 2))).tolist() == [1.0, 1.0]
 
 
 def test_a_task_without_held_out_data_has_no_held_out_losses() -> None:
