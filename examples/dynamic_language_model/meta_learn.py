@@ -81,7 +81,7 @@ def base_policy(eps: float = 1e-8) -> Policy:
     second moments hardly move, either: a rare word's would be many times larger after it was read once, and what a rare
     word's return teaches should not count less for that.
     """
-    center = {"log_t": 13.8, "log_numel": 9.0, "log_rms_p": -6.5}
+    center = {"log_age": 13.8, "log_numel": 9.0, "log_rms_p": -6.5}
     scale = {"log_rms_p": 1.0, "log_numel": 3.0}
     return Policy(
         PolicyConfig(

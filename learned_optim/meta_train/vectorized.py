@@ -204,7 +204,7 @@ class _Runs:
             return eval_loss(self.problem.views(params), buffers)
 
 
-_OF_TENSORS = TensorState(0, 0, 0)  # pyright: ignore[reportArgumentType]  (dimensions, and no trust)
+_OF_TENSORS = TensorState(0, 0, 0, 0)  # pyright: ignore[reportArgumentType]  (dimensions, and no trust)
 
 #: :func:`update` of R runs: weights, parameters, gradients and state have a leading dimension of R.
 _vectorized_update = torch.vmap(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 #: Meta-parameters by the part of the rule they belong to: gradient estimators learn one part or several.
 PARTS = {
     "pace": ("pace",),
+    "age": ("age",),
     "step_size": ("head",),  # in one direction of its outputs only, as the two that follow
     "averaging": ("head",),
     "caution": ("head",),

@@ -47,7 +47,7 @@ class CellInputs(NamedTuple):
     u: Tensor  #: normalised gradient
     b: Tensor  #: Adam's direction
     hidden: Sequence[Tensor]  #: units before this step
-    gate_floor: Spread  #: 1 / t
+    gate_floor: Spread  #: 1 / age
 
 
 class Cell(Protocol):
@@ -72,8 +72,8 @@ class Cell(Protocol):
         """Name and shape of the weights that are applied at every coordinate."""
         ...
 
-    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, step: Spread) -> list[Tensor]:
-        """What the gates are before features have their say, [K] each; ``context`` is [C, K]."""
+    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, age: Tensor) -> list[Tensor]:
+        """What the gates are before features have their say, [K] each; ``context`` is [C, K], ``age`` [K]."""
         ...
 
     def __call__(
@@ -86,7 +86,7 @@ class Cell(Protocol):
 class GatedCell(Cell):
     """A bank of gated averages of the normalised gradient.
 
-    z_j = clamp(rate_j f(W_j x), 1/t, 1),  h_j = h_j + z_j (u - h_j),  d = s (w_b b + w_u u + sum_j w_j h_j) f(Q x)
+    z_j = clamp(rate_j f(W_j x), 1/age, 1),  h_j = h_j + z_j (u - h_j),  d = s (w_b b + w_u u + sum_j w_j h_j) f(Q x)
     """
 
     odd_hidden = True
@@ -108,8 +108,8 @@ class GatedCell(Cell):
         features = len(config.features)
         return {"gate_features": (config.hidden_size, features), "amplitude": (features,)}
 
-    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, step: Spread) -> list[Tensor]:
-        growing = [k / (step + k - 1.0) for k in config.windows]
+    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, age: Tensor) -> list[Tensor]:
+        growing = [k / (age + k - 1.0) for k in config.windows]
         shift = bounded_ratio(per_column(weights["gate_context"], context), config.gate_bound)
         return [rate * row for rate, row in zip((*growing, *config.rates), shift.unbind(), strict=True)]
 
@@ -151,7 +151,7 @@ class GruCell(Cell):
             "gru_output": (3, hidden),
         }
 
-    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, step: Spread) -> list[Tensor]:
+    def rates(self, weights: Mapping[str, Tensor], config: CellConfig, context: Tensor, age: Tensor) -> list[Tensor]:
         return []
 
     def __call__(

@@ -30,7 +30,7 @@ class PolicyConfig:
             :mod:`learned_optim.rule.cells`.
         betas: decay rates of the two moments, as in Adam; what ``betas=None`` means to the optimizer.
         eps: added to the root of the second moment, in units of the gradient; what ``eps=None`` means.
-        windows: k of the gates whose averaging window grows: gate k/(t+k-1) at step t.
+        windows: k of the gates whose averaging window grows: gate k/(t+k-1) at age t.
         rates: constant gates, in 1/steps, of the remaining hidden units.
         step_scale: factor of the learning rate before the head has its say.
         momentum_weight: weight of Adam's direction b in the mixture.
@@ -48,6 +48,9 @@ class PolicyConfig:
             gradients some steps later only.
         pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
             turn against each other whatever the step size: what they add up to in a long run must stay harmless.
+        age_rate: a tensor's age, the number of steps that windows and context count, is multiplied in a step by
+            exp(-age_rate x), with x what its weights say of the context where that is positive; 0 does without weights,
+            and the age is the number of steps.
         orthogonal: how much of a matrix's update is orthogonalised, in [0, 1]; 0 does without, which saves matrix
             products. See :mod:`learned_optim.rule.orthogonalize`, also for the next seven.
         orthogonal_method: name out of ``POLAR_METHODS``.
@@ -94,6 +97,7 @@ class PolicyConfig:
     pace_rate: float = 0.002
     pace_growth: float = 0.01
     pace_bound: float = 0.7
+    age_rate: float = 0.0
     orthogonal: float = 0.0
     orthogonal_method: str = "newton_schulz"
     orthogonal_coefficients: tuple[float, ...] = (3.4445, -4.7750, 2.0315)
@@ -136,7 +140,7 @@ class PolicyConfig:
         require(all(0.0 < x <= 1.0 for x in self.rates), "rates", "numbers in (0, 1]")
         for name in ("step_scale", "orthogonal_aspect"):
             require(getattr(self, name) > 0.0, name, "positive")
-        for name in ("caution", "pace_gain", "pace_rate", "pace_growth", "orthogonal"):
+        for name in ("caution", "pace_gain", "pace_rate", "pace_growth", "age_rate", "orthogonal"):
             require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
         for name in ("pace_bound", "orthogonal_damping"):
             require(0.0 <= getattr(self, name) <= 10.0, name, "in [0, 10]")
@@ -227,7 +231,8 @@ class PolicyConfig:
         cell, context = CELLS[self.cell], len(self.context)
         head: Shapes = {"head": (self.num_outputs, context)}
         pace: Shapes = {"pace": (1, context)} if self.pace_rate else {}
-        return {**head, **cell.tensor_weights(self), **cell.coordinate_weights(self), **pace}
+        age: Shapes = {"age": (1, context)} if self.age_rate else {}
+        return {**head, **cell.tensor_weights(self), **cell.coordinate_weights(self), **pace, **age}
 
 
 _HINTS = get_type_hints(PolicyConfig)  # once: it compiles the annotations, and loading a policy is to compile nothing

@@ -6,14 +6,14 @@ head sees, in which order, centre and scale: saved policies do not change.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim.rule.layouts import ShapeContext, TensorShapes, constant_column
-from learned_optim.rule.types import Spread, TensorState, TensorSums
+from learned_optim.rule.types import TensorState, TensorSums
 
 
 class TensorStatistics(NamedTuple):
@@ -42,23 +42,20 @@ class ContextInputs(NamedTuple):
     """What an entry of :data:`CONTEXT` may use; tensors are [K] in float64."""
 
     one: Tensor
-    step: Spread  #: t >= 1, the number of this update
     shape: ShapeContext
     statistics: TensorStatistics
-    state: TensorState  #: with this step's averages of the cosine
+    state: TensorState  #: with this step's averages of the cosine and age
     log_rms_p: Tensor
     log_rms_b: Tensor
     log_rms_h: Tensor
     log_rms_u: Tensor
 
     @classmethod
-    def of(
-        cls, tensor_shapes: TensorShapes, statistics: TensorStatistics, state: TensorState, step: Spread
-    ) -> ContextInputs:
+    def of(cls, tensor_shapes: TensorShapes, statistics: TensorStatistics, state: TensorState) -> ContextInputs:
         rms = (statistics.rms_p, statistics.rms_b, statistics.rms_h, statistics.rms_u)
         log_rms = torch.stack(rms).clamp(min=1e-4).log().unbind()
         shape = ShapeContext(*tensor_shapes.context.unbind())
-        return cls(torch.ones_like(shape.log_numel), step, shape, statistics, state, *log_rms)
+        return cls(torch.ones_like(shape.log_numel), shape, statistics, state, *log_rms)
 
 
 class ContextFeature(NamedTuple):
@@ -81,7 +78,7 @@ def _log_sparsity(c: ContextInputs) -> Tensor:
 #: Of this tensor only: a tensor's update does not depend on the tensors beside it.
 CONTEXT: dict[str, ContextFeature] = {
     "bias": ContextFeature(0.0, 1.0, lambda c: c.one),
-    "log_t": ContextFeature(5.0, 3.0, lambda c: (c.one * c.step).log()),
+    "log_age": ContextFeature(5.0, 3.0, lambda c: c.state.age.log()),
     "log_numel": ContextFeature(7.0, 4.0, lambda c: c.shape.log_numel),
     "is_vector": ContextFeature(0.0, 1.0, lambda c: c.shape.is_vector),
     "is_convolution": ContextFeature(0.0, 1.0, lambda c: c.shape.is_convolution),
@@ -97,18 +94,26 @@ CONTEXT: dict[str, ContextFeature] = {
 
 #: What the head of a new policy sees if its configuration does not say.
 DEFAULT_CONTEXT = (
-    "bias", "log_t", "log_numel", "is_vector", "is_convolution", "log_fan_ratio", "log_rms_p",
+    "bias", "log_age", "log_numel", "is_vector", "is_convolution", "log_fan_ratio", "log_rms_p",
     "cosine_fast", "cosine_slow", "log_rms_b", "log_rms_h", "log_rms_u", "log_sparsity",
 )  # fmt: skip
 
 
-def tensor_context(
-    names: Sequence[str],
-    center: tuple[float, ...],
-    scale: tuple[float, ...],
-    bound: float,
-    inputs: ContextInputs,
-) -> Tensor:
-    """The head's inputs, [len(names), K] in float64, each clamped to [-bound, bound]."""
-    values = torch.stack([CONTEXT[name].value(inputs) for name in names])
-    return ((values - constant_column(center, values)) / constant_column(scale, values)).clamp(-bound, bound)
+class ContextConfig(Protocol):
+    """The part of :class:`~learned_optim.rule.config.PolicyConfig` that says what the context is."""
+
+    @property
+    def context(self) -> tuple[str, ...]: ...
+    @property
+    def context_center(self) -> tuple[float, ...]: ...
+    @property
+    def context_scale(self) -> tuple[float, ...]: ...
+    @property
+    def context_bound(self) -> float: ...
+
+
+def tensor_context(config: ContextConfig, inputs: ContextInputs) -> Tensor:
+    """The head's inputs, [number of names, K] in float64, each clamped to the bound."""
+    values = torch.stack([CONTEXT[name].value(inputs) for name in config.context])
+    center, scale = (constant_column(x, values) for x in (config.context_center, config.context_scale))
+    return ((values - center) / scale).clamp(-config.context_bound, config.context_bound)

@@ -6,7 +6,8 @@ With d the update of a matrix, X_b its blocks of rows, |.| the Frobenius norm an
     Q_b = polynomial of A_b                        so that all singular values of o_b = Q_b X_b / |X_b| come near 1
     c   = <d, o> / |d| |o|                         near 1 where all directions count alike already
     e   = d + w (o |d| / |o| - d)
-    d'  = e |d| / |e| min(1, c / threshold)^(q w)  as long as d, or damped: d'_b = S_b X_b with S_b from A_b and Q_b
+    d'  = e |d| / |e| min(1, c / threshold)^(q w)  as long as d, or damped: d'_b = S_b X_b with S_b from A_b and Q_b;
+                                                   0 where d is
 
 Rows are outputs, columns everything connected to one output (torch's convention); of matrices with more rows than
 columns, the columns are cut into blocks. Vectors are left alone, and so are matrices with many more rows than columns,
@@ -107,7 +108,12 @@ def orthogonalize(settings: Orthogonalization, d: Tensor, share: Spread) -> tupl
     x = as_blocks(settings, d)
     with torch.autocast(d.device.type, enabled=False):
         scale, factor = block_scales(settings, x @ x.mT, len(d), share)
-        return from_blocks(scale @ x, d.shape), factor
+        return from_blocks(along_blocks(scale, x), d.shape), factor
+
+
+def along_blocks(scale: Tensor, x: Tensor) -> Tensor:
+    """S_b X_b, but 0 where X_b is: a coordinate that never had a gradient, such as a pruned weight, does not move."""
+    return (scale @ x).masked_fill(x == 0.0, 0.0)
 
 
 def as_blocks(settings: Orthogonalization, d: Tensor) -> Tensor:

@@ -33,7 +33,6 @@ class StepScalars(NamedTuple):
     eps: Spread
     bias_correction1: Spread  #: 1 - beta1^t
     root_bias_correction2: Spread  #: sqrt(1 - beta2^t)
-    gate_floor: Spread  #: 1 / t
 
     @classmethod
     def at(cls, step: Spread, hyper: Hyperparameters) -> StepScalars:
@@ -43,7 +42,7 @@ class StepScalars(NamedTuple):
         eps = eps.clamp(min=1e-20) if isinstance(eps, Tensor) else max(eps, 1e-20)
         return cls(
             lr=lr, retained=1.0 - lr * weight_decay, beta2=beta2, rest1=1.0 - beta1, rest2=1.0 - beta2, eps=eps,
-            bias_correction1=1.0 - beta1**step, root_bias_correction2=(1.0 - beta2**step) ** 0.5, gate_floor=1.0 / step,
+            bias_correction1=1.0 - beta1**step, root_bias_correction2=(1.0 - beta2**step) ** 0.5,
         )  # fmt: skip
 
     def for_directions(self) -> StepScalars:
@@ -76,6 +75,7 @@ class TensorState(NamedTuple):
     cosine_fast: Tensor  #: running averages of the cosine between gradient and momentum
     cosine_slow: Tensor
     log_pace: Tensor  #: the factor of its step size that has built up in the course of training
+    age: Tensor  #: the steps that windows and context count: falls where the problem seems to have changed
     trust: Tensor | None = None  #: with a safeguard only: between 0 (AdamW's step) and 1 (the rule's)
 
     @property
@@ -111,8 +111,9 @@ class Coefficients(NamedTuple):
     inverse_rms_u: Spread
     inverse_rms_p: Spread
     orthogonal: Spread  #: how much of a matrix's update is orthogonalised, in [0, 1]
+    gate_floor: Spread  #: 1 / age
     hidden: Sequence[Spread]  #: s w_j
-    rates: Sequence[Spread]  #: rate_j(t) f(C_j . c)
+    rates: Sequence[Spread]  #: rate_j(age) f(C_j . c)
 
     def stack(self) -> Tensor:
         """[C, K]; :meth:`of_rows` reads it."""

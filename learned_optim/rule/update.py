@@ -6,9 +6,10 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     m  = beta1 m + (1 - beta1) g          v = beta2 v + (1 - beta2) g^2
     u  = g / (sqrt(v_hat) + eps)          b = m_hat / (sqrt(v_hat) + eps)            as in Adam, bias-corrected
     x  = |n_b|, |n_h|, |n_u|, n_b n_h, n_u n_b, n_u n_h, n_p n_b                     n: value over rms in the tensor
-    z_j = min(1, max(1/t, rate_j(t) f(C_j . c) f(W_j . x)))                          gates of the recurrent cell
+    k  = exp(-epsilon max(0, E . c)),  t' = 1 + k t'                                 age: steps that still count
+    z_j = min(1, max(1/t', rate_j(t') f(C_j . c) f(W_j . x)))                        gates of the recurrent cell
     h_j = h_j + z_j (u - h_j)                                                        THE HIDDEN STATE
-    a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha)                 pace: the tensor's own state
+    a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha) k               pace: the tensor's own state
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                caution
     d  = orthogonalised where d is a matrix, and damped where that turns it far      see orthogonalize.py
@@ -16,10 +17,16 @@ is no other place where an update is computed. Per coordinate, for gradient g an
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
 :func:`~learned_optim.rule.ops.bounded_ratio`, and s, w, kappa from the tensor head, a linear map of the tensor's
-context c. The floor 1/t makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight lies
-on the initial zero. The pace a, one number per tensor, adds up the fast cosine between gradient and momentum, and what
-else the context says: steps grow while gradients keep their direction and shrink while they turn (as in hypergradient
-descent, Baydin et al. 2018, "Online learning rate adaptation with hypergradient descent").
+context c. The floor 1/t' makes every hidden unit a weighted mean of the gradients seen so far, none of whose weight
+lies on the initial zero.
+
+The age t' is the number of steps t until something in the context says that the problem has changed, as gradients do
+that are suddenly far larger than their running mean square. Then k < 1: windows become short again, the context hears
+of it, and the pace that belongs to the old problem fades.
+
+The pace a, one number per tensor, adds up the fast cosine between gradient and momentum, and what else the context
+says: steps grow while gradients keep their direction and shrink while they turn (as in hypergradient descent, Baydin et
+al. 2018, "Online learning rate adaptation with hypergradient descent").
 
 :func:`update` composes the passes: :func:`measure`, :func:`coefficients`, :func:`apply`, orthogonalising, :func:`move`.
 The optimizer's step makes the same passes over many tensors at once (:mod:`learned_optim.engine.step`).
@@ -187,13 +194,15 @@ def coefficients(
         cosine_fast=fast * state.cosine_fast.double() + (1.0 - fast) * statistics.cosine,
         cosine_slow=slow * state.cosine_slow.double() + (1.0 - slow) * statistics.cosine,
         log_pace=state.log_pace.double(),
+        age=state.age.double() + 1.0 if config.age_rate else torch.ones_like(statistics.cosine) * step,
         trust=state.trust,
     )
-    inputs = ContextInputs.of(tensor_shapes, statistics, state, step)
-    context = tensor_context(
-        config.context, config.context_center, config.context_scale, config.context_bound, inputs
-    )  # fmt: skip
+    context = tensor_context(config, ContextInputs.of(tensor_shapes, statistics, state))
     state = state._replace(log_pace=_paced(weights, config, context, state))
+    if config.age_rate:
+        share = _kept_share(weights, config, context)
+        state = state._replace(age=1.0 + share * (state.age - 1.0), log_pace=share * state.log_pace)
+        context = tensor_context(config, ContextInputs.of(tensor_shapes, statistics, state))
 
     head = per_column(weights["head"], context)  # [outputs, K]
     log_factor = config.head_bound * torch.tanh(head / config.head_bound)
@@ -214,8 +223,9 @@ def coefficients(
         inverse_rms_u=inverse_u,
         inverse_rms_p=inverse_p,
         orthogonal=torch.full_like(momentum, config.orthogonal),
+        gate_floor=1.0 / state.age,
         hidden=hidden,
-        rates=CELLS[config.cell].rates(weights, config, context, step),
+        rates=CELLS[config.cell].rates(weights, config, context, state.age),
     )
     coeff, state = guarded(coeff, state, tensor_shapes.numel)
     return coeff, TensorState(*(t.to(dtype) for t in state.tensors))
@@ -230,6 +240,12 @@ def _paced(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor,
         (said,) = per_column(weights["pace"], context).unbind()
         change = change + config.pace_rate * said
     return (state.log_pace + change.clamp(max=config.pace_growth)).clamp(-config.pace_bound, config.pace_bound)
+
+
+def _kept_share(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor) -> Tensor:
+    """The share of a tensor's age, and of the logarithm of its pace, that is left after this step, [K] in (0, 1]."""
+    (said,) = per_column(weights["age"], context).unbind()
+    return (-config.age_rate * said.clamp(min=0.0)).exp()
 
 
 def spread_coefficients(config: PolicyConfig, layout: Layout, stacked: Tensor, dtype: torch.dtype) -> Coefficients:
@@ -258,7 +274,7 @@ def apply(
         cell.odd_hidden,
     )
     x = coordinate_features(config.features, relative)
-    hidden, d = cell(weights, config, coeff, CellInputs(x, u, b, state.hidden, scalars.gate_floor))
+    hidden, d = cell(weights, config, coeff, CellInputs(x, u, b, state.hidden, coeff.gate_floor))
     d = torch.where(d * u < 0.0, d * coeff.caution_factor, d)
     return d, CoordinateState(m, v, tuple(hidden))
 
@@ -274,5 +290,5 @@ def initial_state(
     """State like ``param`` and a tensor state [num_tensors], all zero: what every trajectory starts from."""
     zeros = [torch.zeros_like(param) for _ in range(2 + config.hidden_size)]
     dtype = torch.promote_types(param.dtype, torch.float32)
-    of_tensor = [torch.zeros(num_tensors, dtype=dtype, device=param.device) for _ in range(3 + safeguard)]
+    of_tensor = [torch.zeros(num_tensors, dtype=dtype, device=param.device) for _ in range(4 + safeguard)]
     return CoordinateState.of(zeros), TensorState(*of_tensor)

@@ -56,7 +56,7 @@ class ReferenceTensor:
         self.t = 0
         self.m, self.v = [0.0] * n, [0.0] * n
         self.h = [[0.0] * self.config.hidden_size for _ in range(n)]
-        self.cosine_fast = self.cosine_slow = self.pace = 0.0
+        self.cosine_fast = self.cosine_slow = self.pace = self.age = 0.0
 
     def step(self, p, g, *, lr, betas, eps, weight_decay):
         """New parameters from ``p`` and gradient ``g``, both lists."""
@@ -74,14 +74,21 @@ class ReferenceTensor:
             r.append(previous_m[i] / denominator)
         h1 = [h[0] for h in self.h]
 
-        context = self.context(p, u, b, r, h1)
-        scale, weight_b, weight_u, kappa, weight_h = self.head(context)
+        self.average_cosines(u, r)
+        self.age = self.age + 1.0 if config.age_rate > 0.0 else float(t)
+        context = self.context(p, u, b, h1)
         said = dot(self.weights["pace"][0], context) if config.pace_rate > 0.0 else 0.0
         if config.pace_rate > 0.0 or config.pace_gain > 0.0:
             change = min(config.pace_gain * self.cosine_fast + config.pace_rate * said, config.pace_growth)
             self.pace += change
             self.pace = clamp(self.pace, -config.pace_bound, config.pace_bound)
-            scale *= math.exp(self.pace)
+        if config.age_rate > 0.0:
+            kept = math.exp(-config.age_rate * max(0.0, dot(self.weights["age"][0], context)))
+            self.age = 1.0 + kept * (self.age - 1.0)
+            self.pace *= kept
+            context = self.context(p, u, b, h1)
+        scale, weight_b, weight_u, kappa, weight_h = self.head(context)
+        scale *= math.exp(self.pace)
         rates = self.rates(context)
 
         update = []
@@ -91,7 +98,7 @@ class ReferenceTensor:
                 d = scale * (weight_b * b[i] + weight_u * u[i])
                 for j in range(config.hidden_size):
                     factor = bounded(dot(self.weights["gate_features"][j], x), config.gate_bound)
-                    z = min(1.0, max(1.0 / t, rates[j] * factor))
+                    z = min(1.0, max(1.0 / self.age, rates[j] * factor))
                     self.h[i][j] += z * (u[i] - self.h[i][j])
                     d += scale * weight_h[j] * self.h[i][j]
                 d *= bounded(dot(self.weights["amplitude"], x), config.amplitude_bound)
@@ -124,7 +131,7 @@ class ReferenceTensor:
         of_mixed = math.sqrt(sum(x * x for x in mixed))
         cosine = dot(d, o) / (length * of_o)
         length *= min(1.0, cosine / config.orthogonal_damping_threshold) ** (config.orthogonal_damping * share)
-        return [x * length / of_mixed for x in mixed]
+        return [x * length / of_mixed if y != 0.0 else 0.0 for x, y in zip(mixed, d, strict=True)]
 
     def in_blocks(self, matrix):
         """The rows in blocks of equal size, each brought near to orthogonal by itself."""
@@ -147,20 +154,22 @@ class ReferenceTensor:
             ]
         return matrix
 
-    def context(self, p, u, b, r, h1):
-        """The 13 inputs of the tensor head."""
-        config = self.config
+    def average_cosines(self, u, r):
         both = math.sqrt(sum(x * x for x in u)) * math.sqrt(sum(x * x for x in r))
         cosine = dot(u, r) / both if both > 0.0 else 0.0
-        fast, slow = config.cosine_decays
+        fast, slow = self.config.cosine_decays
         self.cosine_fast = fast * self.cosine_fast + (1.0 - fast) * cosine
         self.cosine_slow = slow * self.cosine_slow + (1.0 - slow) * cosine
+
+    def context(self, p, u, b, h1):
+        """The 13 inputs of the tensor head."""
+        config = self.config
         fan_ratio = math.log(self.shape[0] / self.shape[1]) if len(self.shape) >= 2 else 0.0
         mean_abs_b = sum(abs(x) for x in b) / len(b)
         sparsity = mean_abs_b / rms(b) if any(b) else 0.0
         values = {
             "bias": 1.0,
-            "log_t": math.log(self.t),
+            "log_age": math.log(self.age),
             "log_numel": math.log(len(p)),
             "is_vector": 1.0 if len(self.shape) <= 1 else 0.0,
             "is_convolution": 1.0 if len(self.shape) >= 3 else 0.0,
@@ -201,7 +210,7 @@ class ReferenceTensor:
         config = self.config
         if config.cell != "gated":
             return []
-        rates = [k / (self.t + k - 1.0) for k in config.windows] + list(config.rates)
+        rates = [k / (self.age + k - 1.0) for k in config.windows] + list(config.rates)
         shifts = [bounded(dot(row, context), config.gate_bound) for row in self.weights["gate_context"]]
         return [rate * shift for rate, shift in zip(rates, shifts, strict=True)]
 

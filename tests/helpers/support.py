@@ -23,7 +23,9 @@ POLICIES = {
     "base": Policy(),
     "random": random_policy(),
     "gru": random_policy(PolicyConfig.gru()),
-    "orthogonal": random_policy(PolicyConfig(orthogonal=0.7, orthogonal_damping=1.5, pace_gain=0.2, pace_growth=0.1)),
+    "orthogonal": random_policy(
+        PolicyConfig(orthogonal=0.7, orthogonal_damping=1.5, pace_gain=0.2, pace_growth=0.1, age_rate=0.5)
+    ),
 }
 
 

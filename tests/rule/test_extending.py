@@ -65,7 +65,7 @@ def test_a_policy_can_use_a_new_context_feature_and_is_saved_with_it(tmp_path):
     assert any(not torch.equal(a, b) for a, b in zip(after_steps(loaded), with_it, strict=True))
 
 
-@pytest.mark.parametrize("context", [("bias",), ("log_rms_b", "cosine_slow", "log_t")])
+@pytest.mark.parametrize("context", [("bias",), ("log_rms_b", "cosine_slow", "log_age")])
 def test_any_subset_of_the_context_in_any_order_will_do(context):
     assert_follows_reference(random_policy(PolicyConfig(context=context)), [(3, 4)], Whole((3, 4)))
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from helpers.support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make
-from learned_optim import Policy, PolicyConfig
+from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 from learned_optim.rule.orthogonalize import POLAR_METHODS, as_blocks, from_blocks, orthogonalize
 
 
@@ -242,3 +242,19 @@ def test_a_fault_in_the_iteration_is_seen(monkeypatch):
 
 def test_the_policy_under_test_has_it():
     assert POLICIES["orthogonal"].config.orthogonal > 0.0
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize("shape", [(6, 8), (64, 1024), (1024, 64), (4, 3, 3, 3)])
+def test_coordinates_that_never_had_a_gradient_do_not_move(shape, backend):
+    """A pruned weight whose gradient is masked stays pruned; large matrices take another way through the engine."""
+    mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
+    param = leaves(shape)[0]
+    before = param.detach().clone()
+    optimizer = LearnedOptimizer([param], weight_decay=0.0, backend=backend)
+    for step in range(3):
+        give_gradients([param], step)
+        param.grad.mul_(mask)
+        optimizer.step()
+    assert torch.equal(param[~mask], before[~mask])
+    assert not (param == before)[mask].any()
