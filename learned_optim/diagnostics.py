@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +14,7 @@ from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.types import Coefficients
 
 
-def figures_by_parameter(
-    config: PolicyConfig, groups: Sequence[Mapping[str, Any]], report: StepReport
-) -> dict[str, dict[str, float]]:
+def figures_by_parameter(config: PolicyConfig, report: StepReport) -> dict[str, dict[str, float]]:
     """See :meth:`learned_optim.LearnedOptimizer.diagnostics`."""
     factors: dict[ParamIndex, float] = {}
     for params, changed in report.length_factors:
@@ -25,15 +22,12 @@ def figures_by_parameter(
     rows: dict[ParamIndex, dict[str, float]] = {}
     for record in report.records:
         figures = _figures(config, record, [factors.get(index, 1.0) for index in record.params])
+        if report.skipped:
+            counts = torch.stack([report.skipped[index] for index in record.params])
+            figures["skipped"] = counts.to(figures["step"])
         table = torch.stack(list(figures.values())).T.tolist()  # one transfer from the device
         rows |= {index: dict(zip(figures, row, strict=True)) for index, row in zip(record.params, table, strict=True)}
-    return {_name(groups, index): rows[index] for index in sorted(rows)}
-
-
-def _name(groups: Sequence[Mapping[str, Any]], param_index: ParamIndex) -> str:
-    group, index = param_index
-    names = groups[group].get("param_names")
-    return names[index] if names else f"{group}.{index}"
+    return {report.names[index]: rows[index] for index in sorted(rows)}
 
 
 def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[float]) -> dict[str, Tensor]:
@@ -41,7 +35,8 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
     count = len(record.params)
     numel = record.numel[:count]
     state = record.tensor_state
-    step, lr, beta1 = numel.new_tensor([(c.step, c.hyper.lr, c.hyper.beta1) for c in record.contexts]).T
+    steps, lr, beta1 = numel.new_tensor([(c.step, c.hyper.lr, c.hyper.beta1) for c in record.contexts]).T
+    step = steps - 1.0 if record.left_out else steps  # the one that was left out is not counted
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
     coeff: Any = Coefficients.of_rows(record.coefficients.unbind(), len(config.hidden_weights))
     weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])

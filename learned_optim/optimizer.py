@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,20 +13,17 @@ from torch.optim import Optimizer
 
 from learned_optim.diagnostics import figures_by_parameter
 from learned_optim.engine.auto import make_backend
-from learned_optim.engine.hyperparameters import StepContext, check_group, hyperparameters
-from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, TENSOR_KEYS, ParamIndex, ParamState, arithmetic_dtype
-from learned_optim.engine.sharding import find_shards, origin
-from learned_optim.engine.step import Backend, StepReport, run_step
+from learned_optim.engine.collect import Collector, StateKeys
+from learned_optim.engine.hyperparameters import hyperparameters
+from learned_optim.engine.sharding import find_shards
+from learned_optim.engine.state_checks import STATE_DTYPES
+from learned_optim.engine.step import StepReport, run_step
 from learned_optim.policy.policy import Policy
 from learned_optim.rule.cells import CELLS
-from learned_optim.rule.types import Hyperparameters
-from learned_optim.state_dict import AsSaved, checked, without_pieces_of_fsdp
+from learned_optim.state_dict import AsSaved, checked, groups_of_adamw, state_of_adamw, without_pieces_of_fsdp
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
-
-_ONE = torch.tensor(1.0, device="cpu")  # a float would be made a tensor anew for each that it is added to
-_STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class LearnedOptimizer(Optimizer):
@@ -78,6 +75,11 @@ class LearnedOptimizer(Optimizer):
             the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by its policy).
             No loss is evaluated and nothing promises that the loss falls; it costs some small operations per step and
             one number per tensor, and a part of the speed-up. Measured in ``docs/safeguard.md``.
+        skip_nonfinite: a tensor whose gradient holds a NaN or an infinity is left out of the step: parameter, state
+            and step count stay as they are, to the last bit. :meth:`diagnostics` says so and counts (``skipped``).
+            Off by default, as in torch, where such a gradient makes the parameter NaN: what is broken is then seen at
+            once, and on a GPU each step would wait to hear whether anything is. All processes decide alike about a
+            tensor that is spread over them. Clipping by the norm of all gradients spreads one NaN to all of them.
 
     Raises:
         ValueError: an argument out of range, or an unknown policy or backend.
@@ -113,20 +115,20 @@ class LearnedOptimizer(Optimizer):
         backend: str = "auto",
         state_dtype: torch.dtype | None = None,
         safeguard: bool = False,
+        skip_nonfinite: bool = False,
     ) -> None:
-        if state_dtype is not None and state_dtype not in _STATE_DTYPES:
-            raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {_STATE_DTYPES} or None")
-        if not isinstance(safeguard, bool):
-            raise TypeError(f"Invalid safeguard: {safeguard!r}; expected True or False")
+        if state_dtype is not None and state_dtype not in STATE_DTYPES:
+            raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {STATE_DTYPES} or None")
+        for option, value in (("safeguard", safeguard), ("skip_nonfinite", skip_nonfinite)):
+            if not isinstance(value, bool):
+                raise TypeError(f"Invalid {option}: {value!r}; expected True or False")
         self.policy = _resolve(policy, revision)
         if safeguard and not CELLS[self.policy.config.cell].is_mixture:
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
-        self.safeguard = safeguard
+        self.safeguard, self.skip_nonfinite = safeguard, skip_nonfinite
         self.state_dtype = state_dtype
         self._backend_name = backend
-        self._backend = self._make_backend()
-        self._report = StepReport([], [])  # of the last step
-        self._params: dict[ParamIndex, ParamState] = {}  # of the last steps
+        self._make_engine()
         defaults: dict[str, Any] = {
             "lr": lr,
             "betas": self.policy.config.betas if betas is None else betas,
@@ -135,8 +137,51 @@ class LearnedOptimizer(Optimizer):
             "maximize": maximize,
             "policy": f"{self.policy.fingerprint()} ({self.policy.source})",
         }
-        check_group(defaults)
+        hyperparameters(defaults)
         super().__init__(params, defaults)
+
+    @classmethod
+    def from_adamw(cls, adamw: Optimizer, **options: Any) -> LearnedOptimizer:
+        """Go on from AdamW in the middle of a run: the same parameters, its moments, step counts and learning rates.
+
+        Groups keep their names, ``lr``, ``weight_decay``, ``maximize`` and what else they hold, so that a schedule can
+        go on, made anew for this optimizer with its ``last_epoch``. ``betas`` and ``eps`` are the policy's, as always;
+        the moments are scaled so that they are the same after bias correction.
+
+        What AdamW does not know starts at zero: running cosines, pace and the hidden state, which averages over longer
+        and longer windows, some ``step / 4`` steps in the bundled rules, and so takes that long to fill. Momentum in
+        its place would go on pushing along the noise of the last ten steps for as long. Of ``amsgrad`` the second
+        moment is taken and its maximum left behind. A parameter without state starts afresh.
+
+        Args:
+            adamw: a ``torch.optim.AdamW``, in any of its implementations, or an ``Adam`` without weight decay. It is
+                left as it is; ``del`` it to free its moments.
+            options: of :class:`LearnedOptimizer`; ``lr``, ``weight_decay`` and ``maximize`` then hold for all groups.
+                At the same ``lr`` the rule takes larger steps than AdamW: a third of it is a careful start.
+
+        Returns:
+            A new optimizer of the same parameters.
+
+        Raises:
+            TypeError: another optimizer.
+            ValueError: an Adam that adds weight decay to the gradient: its moments are not those of the gradient.
+            RuntimeError: state that does not fit its parameter.
+
+        Example:
+            >>> model = torch.nn.Linear(3, 1)
+            >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
+            >>> for _ in range(10):
+            ...     model(torch.randn(8, 3)).square().mean().backward()
+            ...     _ = adamw.step()
+            >>> opt = LearnedOptimizer.from_adamw(adamw, lr=3e-4)
+            >>> opt.state[model.weight]["step"].item()
+            10.0
+        """
+        groups = groups_of_adamw(adamw, options)
+        defaults = {key: adamw.defaults[key] for key in ("lr", "weight_decay", "maximize")}
+        new = cls(groups, **{**defaults, **options})
+        new.state.update(state_of_adamw(adamw, new.param_groups, new._keys))
+        return new
 
     @property
     def backend(self) -> str:
@@ -168,8 +213,10 @@ class LearnedOptimizer(Optimizer):
               ``window_0``, ...: over how many steps each hidden unit averages, ``step`` at most; the coordinates' own
               gates, which vary it, are left out.
             - ``trust``: with a safeguard only, its trust in the rule; up to 0.25 the step was AdamW's.
+            - ``skipped``: with ``skip_nonfinite`` only, how many of the tensor's steps were left out so far.
 
-            A tensor with a gradient that is not finite has NaN here.
+            A tensor with a gradient that is not finite has NaN here, but for ``step``, ``lr`` and ``skipped``. Names
+            are those that parameters had in that step, whatever became of the groups since.
 
         Example:
             >>> model = torch.nn.Linear(3, 1)
@@ -179,7 +226,7 @@ class LearnedOptimizer(Optimizer):
             >>> sorted(opt.diagnostics())
             ['bias', 'weight']
         """
-        return figures_by_parameter(self.policy.config, self.param_groups, self._report)
+        return figures_by_parameter(self.policy.config, self._report)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
@@ -187,7 +234,7 @@ class LearnedOptimizer(Optimizer):
             for name in ("betas", "eps"):
                 if name in param_group and param_group[name] is None:
                     param_group = {**param_group, name: self.defaults[name]}
-            check_group({**self.defaults, **param_group})
+            hyperparameters({**self.defaults, **param_group})
         super().add_param_group(param_group)
 
     @torch.compiler.disable  # the rule's scalars change with every step: traced, they would be frozen into the graph
@@ -202,87 +249,32 @@ class LearnedOptimizer(Optimizer):
             What the closure returned, or ``None``.
 
         Raises:
-            RuntimeError: a sparse gradient; nothing has been changed then.
+            RuntimeError: a sparse gradient; state that does not fit its parameter, since one of them was replaced;
+                two parameters that share memory or state. Nothing has been changed then.
+            TypeError, ValueError: a hyperparameter in a group is no number, or out of range; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is not None and p.grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
-                        f"gradient layout {p.grad.layout}); use sparse=False in the embedding"
-                    )
         shards = find_shards(self.param_groups)
-        params = self._with_gradients()
-        self._report = run_step(self._backend, params, shards)
+        params = self._collector.collect(self.param_groups, self.state)
+        report = run_step(self._backend, params, shards, self.skip_nonfinite)
+        report.names = self._collector.names
+        self._report = report
         for p in params:
             p.release_grad()
         return loss
 
-    def _with_gradients(self) -> list[ParamState]:
-        """All parameters that have a gradient, with gradient and step."""
-        if len(self._params) > sum(len(group["params"]) for group in self.param_groups):
-            self._params.clear()  # of parameters that are no longer here, among them
-        groups = [
-            [self._param_state((g, i), p, group) for i, p in enumerate(group["params"]) if p.grad is not None]
-            for g, group in enumerate(self.param_groups)
-        ]
-        params = list(itertools.chain.from_iterable(groups))
-        if params:
-            torch._foreach_add_([p.count for p in params], _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
-        contexts: dict[Hyperparameters, dict[float, StepContext]] = {}
-        for group, some in zip(self.param_groups, groups, strict=True):
-            hyper = hyperparameters(group)
-            by_step = contexts.setdefault(hyper, {})
-            for p in some:
-                step = float(p.count)
-                if step not in by_step:
-                    by_step[step] = StepContext(step, hyper)
-                p.context = by_step[step]
-        return params
+    def _make_engine(self) -> None:
+        self._backend = make_backend(self._backend_name, self.policy.config, self.policy.weights())
+        self._keys = StateKeys.of(self.policy.config, self.state_dtype, self.safeguard, self.skip_nonfinite)
+        self._forget()
 
-    def _param_state(self, index: ParamIndex, p: Tensor, group: dict[str, Any]) -> ParamState:
-        state = self.state[p]
-        param = self._params.get(index)
-        if param is None or not param.is_of(p, state):
-            self._complete(p, state)
-            begins = origin(p) if self.policy.config.orthogonal else (0, 0)
-            tensor_keys = GUARDED_TENSOR_KEYS if self.safeguard else TENSOR_KEYS
-            param = ParamState(p, state, self._coordinate_keys(), tensor_keys, index, begins)
-            self._params[index] = param
-        if p.grad is None:
-            raise RuntimeError("a parameter without gradient cannot be updated")
-        param.set_grad(p.grad, group["maximize"])
-        return param
-
-    def _complete(self, p: Tensor, state: dict[str, Tensor]) -> None:
-        """State that a parameter does not have yet."""
-        if not state:
-            state["step"] = torch.tensor(0.0, dtype=torch.float32)
-            for key in self._coordinate_keys():
-                state[key] = torch.zeros_like(p, dtype=self._state_dtype_of(p, key))
-            for key in TENSOR_KEYS:
-                state[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
-        if self.safeguard and "trust" not in state:  # nor in state that was saved without a safeguard
-            state["trust"] = torch.zeros_like(state[TENSOR_KEYS[0]])
-
-    def _make_backend(self) -> Backend:
-        return make_backend(self._backend_name, self.policy.config, self.policy.weights())
-
-    def _coordinate_keys(self) -> list[str]:
-        return ["exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(self.policy.config.hidden_size))]
-
-    def _state_dtype_of(self, p: Tensor, key: str) -> torch.dtype:
-        real = arithmetic_dtype(p.dtype.to_real())
-        if self.state_dtype is not None:
-            # In two bytes the second moment's increments, 0.1% of its value, would be rounded away.
-            real = torch.promote_types(self.state_dtype, torch.float32) if key == "exp_avg_sq" else self.state_dtype
-        if p.is_complex():
-            return torch.promote_types(real, torch.float32).to_complex()
-        return real
+    def _forget(self) -> None:
+        """What is kept from the last steps."""
+        self._collector = Collector(self._keys, with_origin=bool(self.policy.config.orthogonal))
+        self._report = StepReport()  # of the last step
 
     def __getstate__(self) -> dict[str, Any]:
         return {
@@ -290,6 +282,7 @@ class LearnedOptimizer(Optimizer):
             "policy": self.policy,
             "state_dtype": self.state_dtype,
             "safeguard": self.safeguard,
+            "skip_nonfinite": self.skip_nonfinite,
             "_backend_name": self._backend_name,
         }
 
@@ -299,31 +292,38 @@ class LearnedOptimizer(Optimizer):
                 if isinstance(value, AsSaved):
                     values[key] = self._restored(p, key, value.value)
         super().__setstate__(state)
-        self._report, self._params = StepReport([], []), {}
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
         if "policy" in state:
-            self._backend = self._make_backend()
+            self._make_engine()
+        self._forget()
 
     def state_dict(self) -> dict[str, Any]:
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
 
         Where classic FSDP has flattened the parameters, the averages of the cosine, the pace and the trust are saved
         as 0 and begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses
-        to save.
+        to save. State of parameters that are in no group any more is left out: nobody could load it.
         """
-        params = (p for group in self.param_groups for p in group["params"])
-        return without_pieces_of_fsdp(super().state_dict(), params)
+        params = [p for group in self.param_groups for p in group["params"]]
+        everything, ids = self.state, {id(p) for p in params}
+        kept = {p: state for p, state in everything.items() if id(p) in ids or not isinstance(p, Tensor)}
+        if len(kept) < len(everything):
+            self.state = defaultdict(dict, kept)
+        try:
+            return without_pieces_of_fsdp(super().state_dict(), params)
+        finally:
+            self.state = everything
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state saved by :meth:`state_dict`; bit-exact, whatever the dtype of the parameters.
 
         Raises:
-            ValueError: a checkpoint of another optimizer or of another policy, or state that does not fit the
-                parameters; nothing has been changed then.
+            ValueError: a checkpoint of another optimizer (see :meth:`from_adamw`) or of another policy, or state that
+                does not fit the parameters; nothing has been changed then.
         """
         handle = self.register_load_state_dict_pre_hook(  # last, so after the user's own hooks
-            lambda _, state: checked(state, self.param_groups, self.defaults["policy"], self._coordinate_keys())
+            lambda _, state: checked(state, self.param_groups, self.defaults["policy"], self._keys.coordinate)
         )
         try:
             super().load_state_dict(state_dict)
@@ -338,7 +338,7 @@ class LearnedOptimizer(Optimizer):
             return torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
         if not isinstance(value, Tensor) or not isinstance(p, Tensor):
             return value
-        dtype = self._state_dtype_of(p, key) if key in self._coordinate_keys() else value.dtype
+        dtype = self._keys.dtype_of(p, key) if key in self._keys.coordinate else value.dtype
         return value.detach().to(device=p.device, dtype=dtype, copy=True)
 
 

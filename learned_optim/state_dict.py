@@ -8,8 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, TENSOR_KEYS
+from learned_optim.engine.collect import StateKeys, name_of
+from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, SKIPPED, TENSOR_KEYS
 from learned_optim.engine.sharding import is_dtensor
+from learned_optim.engine.state_checks import check_fits
 
 
 class AsSaved:
@@ -41,9 +43,15 @@ def checked(
         saved = group.get("policy")
         if not isinstance(saved, str):
             keys = sorted(k for k in group if k not in ("params", "param_names"))
+            way = "start with a fresh optimizer"
+            if "amsgrad" in group:
+                way = (
+                    "To go on from AdamW, load it into a torch.optim.AdamW of these parameters and call "
+                    f"LearnedOptimizer.from_adamw(adamw), or {way}"
+                )
             raise ValueError(
                 f"this state was not saved by LearnedOptimizer: its parameter groups name no policy (keys {keys}). "
-                "State of AdamW or another optimizer cannot be continued; start with a fresh optimizer"
+                f"{way[0].upper()}{way[1:]}"
             )
         if saved.split()[0] != policy.split()[0]:
             raise ValueError(
@@ -82,6 +90,72 @@ def checked(
     return {**state_dict, "state": state}
 
 
+#: Options of AdamW that say how it is run, and its betas and eps: the rule has its own.
+_NOT_TAKEN_OVER = {
+    "params", "param_names", "betas", "eps", "amsgrad", "foreach", "capturable", "differentiable", "fused",
+    "decoupled_weight_decay",
+}  # fmt: skip
+
+
+def groups_of_adamw(adamw: Any, options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """AdamW's parameter groups as :class:`learned_optim.LearnedOptimizer` takes them.
+
+    Args:
+        adamw: see :meth:`learned_optim.LearnedOptimizer.from_adamw`.
+        options: what is given for all groups in place of what AdamW has.
+
+    Raises:
+        TypeError: it is another optimizer.
+        ValueError: it adds weight decay to the gradient.
+    """
+    if not isinstance(adamw, torch.optim.Adam | torch.optim.AdamW):
+        raise TypeError(f"from_adamw takes a torch.optim.AdamW or torch.optim.Adam, found {type(adamw).__name__}")
+    groups = []
+    for group in adamw.param_groups:
+        decoupled = group.get("decoupled_weight_decay", isinstance(adamw, torch.optim.AdamW))
+        if not decoupled and float(group["weight_decay"]) != 0.0:
+            raise ValueError(
+                "this Adam adds weight decay to the gradient, so that its moments are not those of the gradient: "
+                "start with a fresh LearnedOptimizer, or pass an AdamW or an Adam with weight_decay=0"
+            )
+        left_out = {*_NOT_TAKEN_OVER, *options, *(["initial_lr"] if "lr" in options else [])}
+        taken = {key: value for key, value in group.items() if key not in left_out}
+        if isinstance(taken.get("lr"), Tensor):
+            taken["lr"] = taken["lr"].clone()
+        names = group.get("param_names")
+        params = list(zip(names, group["params"], strict=True)) if names else list(group["params"])
+        groups.append({**taken, "params": params})
+    return groups
+
+
+def state_of_adamw(adamw: Any, groups: Sequence[Mapping[str, Any]], keys: StateKeys) -> dict[Tensor, dict[str, Tensor]]:
+    """Copies of AdamW's moments and step counts as state of this optimizer, by parameter.
+
+    Args:
+        adamw: as for :func:`groups_of_adamw`.
+        groups: those made of it.
+        keys: what is kept.
+
+    Raises:
+        RuntimeError: AdamW's own state does not fit its parameters.
+    """
+    states: dict[Tensor, dict[str, Tensor]] = {}
+    for g, (theirs, ours) in enumerate(zip(adamw.param_groups, groups, strict=True)):
+        for i, p in enumerate(theirs["params"]):
+            saved = adamw.state.get(p)
+            if not saved or float(saved.get("step", 0.0)) == 0.0:
+                continue
+            step = float(saved["step"])
+            saved = {**saved, "step": torch.tensor(step, dtype=torch.float32, device="cpu")}
+            check_fits(name_of(groups, (g, i)), p, saved, ("exp_avg", "exp_avg_sq"), ())
+            state = states[p] = keys.missing(p, {})
+            state["step"].fill_(step)
+            for key, mine, other in zip(("exp_avg", "exp_avg_sq"), ours["betas"], theirs["betas"], strict=True):
+                # So that the bias-corrected moment is the same, whatever the decay rate.
+                state[key].copy_(saved[key]).mul_((1.0 - float(mine) ** step) / (1.0 - float(other) ** step))
+    return states
+
+
 def without_pieces_of_fsdp(saved: dict[str, Any], params: Iterable[Tensor]) -> dict[str, Any]:
     """What ``Optimizer.state_dict`` returned, with the per-tensor state of classic FSDP's flat pieces set to 0.
 
@@ -90,6 +164,6 @@ def without_pieces_of_fsdp(saved: dict[str, Any], params: Iterable[Tensor]) -> d
     for key, p in enumerate(params):
         if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
             values = saved["state"][key]
-            own = [name for name in values if name in GUARDED_TENSOR_KEYS]
+            own = [name for name in values if name in (*GUARDED_TENSOR_KEYS, SKIPPED)]
             saved["state"][key] = {**values, **{name: torch.zeros_like(values[name]) for name in own}}
     return saved

@@ -4,6 +4,7 @@ main.py        which subcommands there are, and how their errors are said
 policies.py    ``info``, ``pull``, ``push``
 meta_train.py  ``meta-train``, ``plot``
 bench.py       ``bench``
+display.py     tables for whoever reads, plain lines elsewhere
 errors.py      ``UsageError``
 """
 

@@ -13,6 +13,7 @@ import dataclasses
 import re
 import shlex
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args, get_type_hints
@@ -20,24 +21,33 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args,
 from tyro.conf import arg
 
 from learned_optim.bench.config import StepBenchConfig
+from learned_optim.bench.habits_config import HabitsConfig
 from learned_optim.bench.quality_config import QualityConfig
-from learned_optim.cli.errors import UsageError
+from learned_optim.cli.display import print_markdown
+from learned_optim.cli.errors import UsageError, with_flags
 
 if TYPE_CHECKING:
     from learned_optim.bench.pool import Progress
 
 
 class _Bar:
-    """A bar with the time left, on terminals: known runs count for nothing, the others for the seconds they take."""
+    """A bar with the time left, or elsewhere than on terminals a line now and then.
+
+    Known runs count for nothing, the others for the seconds they take.
+    """
 
     def __init__(self) -> None:
         from tqdm import tqdm
+
+        from learned_optim.meta_train.progress import TimedLines
 
         self._bar = tqdm(
             total=0.0, disable=None, file=sys.stderr, dynamic_ncols=True,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}<{remaining} {desc}",
         )  # fmt: skip
         self._known = self._done = 0.0
+        self._runs, self._last, self._start = "no runs", "", time.monotonic()
+        self._lines = TimedLines(self._line) if self._bar.disable else None
 
     def __call__(self, progress: Progress) -> None:
         """Show it."""
@@ -47,9 +57,19 @@ class _Bar:
         if not progress.cached:
             self._bar.update(cost)
         self._bar.set_description_str(f"{progress.done}/{progress.total} {progress.what}", refresh=False)
+        self._runs = f"{progress.done} of {progress.total} runs"
+        self._last = progress.what
+
+    def _line(self) -> str:
+        from learned_optim.meta_train.progress import how_far
+
+        far = how_far(self._done - self._known, self._bar.total, time.monotonic() - self._start)
+        return "; ".join([f"{self._runs} {far}", *([f"last: {self._last}"] if self._last else [])])
 
     def close(self) -> None:
         """Leave the line."""
+        if self._lines is not None:
+            self._lines.close()
         self._bar.close()
 
 
@@ -81,7 +101,7 @@ def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
         for contender in (c for c in result.contenders if c.role == "learned"):
             write_results(out / "policies" / contender.label, results(result, contender, command=command))
     write_atomically(out / "table.md", text.encode())
-    print(text)
+    print_markdown(text)
     try:
         from learned_optim.bench.plots import draw_all
 
@@ -92,14 +112,58 @@ def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
 
 
 def run_step_suite(config: StepBenchConfig, out: Path, command: str) -> None:
-    """Run the suite into ``out``; what is measured next is said on terminals."""
+    """Run the suite into ``out``; what is measured next is said on terminals, and elsewhere now and then."""
     from learned_optim.bench.step import run_config, table
+    from learned_optim.meta_train.progress import TimedLines
+
+    under_way = ["the first optimizer"]
 
     def say(what: str) -> None:
+        under_way.append(what)
         if sys.stderr.isatty():
             print(what, file=sys.stderr)
 
-    print(table(run_config(config, out, say)))
+    lines = None if sys.stderr.isatty() else TimedLines(lambda: f"measuring {under_way[-1]}")
+    try:
+        result = run_config(config, out, say)
+    finally:
+        if lines is not None:
+            lines.close()
+    print_markdown(table(result))
+    print(out)
+
+
+def run_habits_suite(config: HabitsConfig, out: Path, command: str) -> None:
+    """Run the suite, print its tables, and write them with the figures and the picture into ``out``.
+
+    ``out`` then holds ``habits.json``, ``table.md``, ``habits.png`` and ``policies/<label>/results.json``: what each
+    policy's results held, with the habits put in.
+    """
+    from learned_optim.bench.habits import policy_names, run_habits
+    from learned_optim.bench.habits_report import card_block, markdown, write_habits
+    from learned_optim.bench.quality import load_policies
+    from learned_optim.bench.report import write_results
+    from learned_optim.policy.files import write_atomically
+
+    policies = load_policies(policy_names(config))
+    bar = _Bar()
+    try:
+        values = run_habits(config, policies=policies, progress=bar)
+    finally:
+        bar.close()
+    text = markdown(values)
+    write_habits(out / "habits.json", {"command": command, **values})
+    write_atomically(out / "table.md", text.encode())
+    for label, policy in policies.items():
+        own = {**(policy.results or {}), "habits": card_block(values, label, command)}
+        write_results(out / "policies" / label, own)
+    print_markdown(text)
+    try:
+        from learned_optim.bench.habits_plots import draw_habits
+
+        draw_habits(values, out / "habits.png")
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
     print(out)
 
 
@@ -112,6 +176,7 @@ class Suite(NamedTuple):
 
 SUITES = {
     "quality": Suite(QualityConfig, run_quality_suite),
+    "habits": Suite(HabitsConfig, run_habits_suite),
     "step": Suite(StepBenchConfig, run_step_suite),
 }
 
@@ -132,7 +197,12 @@ def _fields() -> list[Any]:
             texts[field.name] = f"{texts.get(field.name, '')} ({suite}) {own.get(field.name, '')}".strip()
             optional = type(None) in get_args(hints[field.name])
             metavar = "PATH" if optional else None  # tyro's own would be {None}|PATH
-            hint = Annotated[hints[field.name], arg(help=texts[field.name], metavar=metavar)]
+            # Such a flag is called --no-..., and "(default: True)" would read as if that were the default.
+            hint = arg(
+                help=texts[field.name], metavar=metavar,
+                help_behavior_hint="(done unless this is given)" if field.default is True else None,
+            )  # fmt: skip
+            hint = Annotated[hints[field.name], hint]
             fields[field.name] = (field.name, hint, dataclasses.field(default=field.default))
     suites = Literal[tuple(SUITES)]  # pyright: ignore[reportInvalidTypeForm]
     return [
@@ -169,7 +239,7 @@ def config_of(command: Any) -> Any:
     try:
         return wanted(**given)
     except ValueError as error:
-        raise UsageError(f"bench: {error}") from error
+        raise UsageError(f"bench: {with_flags(str(error))}") from error
 
 
 def command_line(command: Any) -> str:

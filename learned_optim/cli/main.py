@@ -5,7 +5,8 @@ names both. Neither is imported before the subcommand is chosen, and the datacla
 so that no ``--help`` waits for it. The function prints its result and returns its exit status (or nothing: 0); its
 errors are exceptions.
 
-Exit status: 0 done · 1 failed, one line on stderr says why · 2 wrong arguments, one line likewise · 130 interrupted.
+Exit status: 0 done · 1 failed, one line on stderr says why · 2 wrong arguments, one line likewise · 130 interrupted ·
+143 terminated.
 """
 
 # ruff: noqa: T201  (printing is what a command line is for)
@@ -46,6 +47,9 @@ class Command:
     config: str
     run: str
 
+
+#: Options that had another name.
+RENAMED = {"--from": "--start"}
 
 #: In the order of ``--help``.
 COMMANDS = {
@@ -139,7 +143,7 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
     except SystemExit as exit:
         if not exit.code:
             return None
-        sentence = _first_sentence(complaint.getvalue())
+        sentence = _in_words(_first_sentence(complaint.getvalue()))
         # Where a required option is misspelt it counts as missing; that it was misspelt is the better thing to say.
         parsed, unknown = None, re.findall(r"Unrecognized options: (-\S+)", sentence)
         if not unknown:
@@ -153,6 +157,8 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
     with contextlib.redirect_stdout(help_text), contextlib.suppress(SystemExit):
         parse(["--help"])
     flag = flag.partition("=")[0]
+    if flag in RENAMED:
+        raise UsageError(f"{name}: unknown option {flag!r}, it is called {RENAMED[flag]!r}")
     near = _nearest(flag, sorted(set(re.findall(r"--[\w.-]+", help_text.getvalue()))))
     raise UsageError(f"{name}: unknown option {flag!r}{near}; see `{PROGRAM} {name} --help`")
 
@@ -164,6 +170,20 @@ def _first_sentence(complaint: str) -> str:
     hints = ("Argument helptext", "For full helptext")
     complaints = itertools.takewhile(lambda line: not line.startswith(hints), texts[1:] or texts)
     return " ".join(" ".join(complaints).split()).rstrip(".") or "wrong arguments"
+
+
+def _in_words(sentence: str) -> str:
+    """tyro's commonest complaints as somebody would say them who does not know Python."""
+    missing = re.findall(r"(?:^Missing from [^:]+: |\(required\) )(--\S+ \S+|\S+) (.*?)\.? (?=\(required\))", sentence)
+    if missing:
+        return "missing: " + ", ".join(f"{name} ({help_text})" for name, help_text in missing)
+    invalid = re.match(
+        r"Error parsing (\S+): (invalid literal for int|could not convert string to float).*: ('.*')", sentence
+    )
+    if invalid:
+        kind = "a whole number" if "int" in invalid[2] else "a number"
+        return f"{invalid[1]} must be {kind}, found {invalid[3]}"
+    return sentence
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -186,6 +206,10 @@ def _plain_warnings() -> Iterator[None]:
 
 
 def _fail(error: BaseException, status: int) -> int:
-    text = " ".join(str(error).split()) or type(error).__name__
-    print(f"{PROGRAM}: {text}", file=sys.stderr)
+    # A list in columns, as of all names that there are, stays one; all else is a single line.
+    text, columns = str(error), ""
+    if match := re.fullmatch(r"(?s)(.*?:)\n((?:  [^\n]*\n?)+)", text):
+        text, columns = match.groups()
+    text = " ".join(text.split()) or type(error).__name__
+    print(f"{PROGRAM}: {text}", *columns.splitlines(), sep="\n", file=sys.stderr)
     return status

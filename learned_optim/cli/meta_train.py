@@ -4,17 +4,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import signal
+import threading
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 from tyro.conf import Positional, arg
 
-from learned_optim.cli.errors import UsageError
+from learned_optim.cli.errors import UsageError, with_flags
 from learned_optim.meta_train.config import MetaTrainConfig
-
-if TYPE_CHECKING:
-    from learned_optim.meta_train.outer_loop import MetaTrainResult
 
 _DOC, _ARGS = (MetaTrainConfig.__doc__ or "").split("    Args:\n")
 _OWN_ARGS = """    Args:
@@ -34,7 +35,7 @@ def _fields() -> list[Any]:
     for field in dataclasses.fields(MetaTrainConfig):
         hint = hints[field.name]
         if field.name == "start":
-            hint = Annotated[hint, arg(name="from", metavar="POLICY")]
+            hint = Annotated[hint, arg(metavar="POLICY")]
         own.append((field.name, hint, dataclasses.field(default=field.default)))
     return own
 
@@ -59,13 +60,42 @@ class Plot:
 
 
 def settings_of(command: Any) -> MetaTrainConfig:
-    """The settings that a command line asks for."""
+    """The settings that a command line asks for.
+
+    Raises:
+        UsageError: a value out of range.
+    """
     given = {field.name: getattr(command, field.name) for field in dataclasses.fields(MetaTrainConfig)}
+    try:
+        config = MetaTrainConfig(**given)
+    except ValueError as error:
+        raise UsageError(f"meta-train: {with_flags(str(error))}") from error
     if command.settings is None:
-        return MetaTrainConfig(**given)
+        return config
     defaults = MetaTrainConfig().to_dict()
-    changed = {name: value for name, value in MetaTrainConfig(**given).to_dict().items() if value != defaults[name]}
+    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
     return MetaTrainConfig.from_dict({**MetaTrainConfig.from_file(command.settings).to_dict(), **changed})
+
+
+class _Terminated(BaseException):
+    """SIGTERM came in."""
+
+
+@contextlib.contextmanager
+def _terminations() -> Iterator[None]:
+    """SIGTERM raises in the body, once the outer step under way is saved, instead of ending the process unheard."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def terminate(*_: Any) -> None:
+        raise _Terminated
+
+    previous = signal.signal(signal.SIGTERM, terminate)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 def run(command: Any) -> int:
@@ -79,24 +109,33 @@ def run(command: Any) -> int:
             get_families(names)
         except ValueError as error:
             raise UsageError(f"meta-train: {error}") from error
-    with distributed.process_group():
-        result = meta_train(config, out=command.out, resume=command.resume)
+    with _terminations(), distributed.process_group():
+        try:
+            result = meta_train(config, out=command.out, resume=command.resume)
+        except (KeyboardInterrupt, _Terminated) as stop:
+            if distributed.rank() == 0:
+                _report_stop(command.out, config)
+            return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
         if distributed.rank() == 0:
-            _report(command.out, config, result)
-    return 0 if result.stopped_by is None else 128 + result.stopped_by
+            _report(command.out, config, result.history)
+            print(f'use it: LearnedOptimizer(model.parameters(), policy="{command.out / "best"}")')
+    return 0
 
 
-def _report(out: Path, config: MetaTrainConfig, result: MetaTrainResult) -> None:
-    done = result.history[-1]["outer_step"] + 1 if result.history else 0
-    values = [m["validation"] for m in result.history if "validation" in m]
-    of = "held-out loss" if config.held_out else "time"
-    best = f"best validation {min([0.0, *values]):+.3f} (mean log of {of} against the start)"
-    verdict = best if values else "no validation"
-    print(f"{out}: {done} of {config.outer_steps} outer steps, {verdict}")
-    if result.stopped_by is None:
-        print(f'use it: LearnedOptimizer(model.parameters(), policy="{out / "best"}")')
-    else:
+def _report(out: Path, config: MetaTrainConfig, history: Sequence[dict[str, Any]]) -> None:
+    from learned_optim.meta_train.result import outer_steps_done, verdict
+
+    print(f"{out}: {outer_steps_done(history)} of {config.outer_steps} outer steps, {verdict(history)}")
+
+
+def _report_stop(out: Path, config: MetaTrainConfig) -> None:
+    from learned_optim.meta_train.checkpoint import CURRENT, read_metrics
+
+    if (out / CURRENT).exists():
+        _report(out, config, read_metrics(out))
         print("stopped by a signal; continue with --resume")
+    else:
+        print(f"{out}: stopped by a signal before anything was saved; the same command begins again")
 
 
 def plot(command: Plot) -> None:

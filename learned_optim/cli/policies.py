@@ -15,8 +15,14 @@ from typing import TYPE_CHECKING, Annotated
 
 from tyro.conf import Positional, arg
 
+from learned_optim.cli.display import print_card, print_heading, print_items, print_table
+
 if TYPE_CHECKING:
     from learned_optim.policy.policy import Policy
+
+
+#: Beginnings of the lines of an evaluation that are no results.
+_HOW_IT_WAS_MEASURED = ("- suite: ", "- reference: ", "- seeds: ", "- command: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,22 +82,35 @@ def info(config: Info) -> None:
     if config.tasks:
         from learned_optim.tasks import FAMILIES
 
-        width = max(map(len, FAMILIES), default=0)
-        for name, family in FAMILIES.items():
-            print(f"{name.ljust(width)}  {family.split}  {family.description}")
+        rows = [(name, family.split, family.description) for name, family in FAMILIES.items()]
+        print_table(rows, header=("family", "split", "what it is"))
         return
     _quiet_client()
-    from learned_optim.policy.card import architecture, evaluation, notes, training
+    from learned_optim.policy.card import architecture, evaluation, habits, notes, training
     from learned_optim.policy.hub import PullOptions
     from learned_optim.policy.resolve import resolve
 
     stored = resolve(config.policy, config.revision, PullOptions())
     results = stored.results or {}
-    lines = [stored.source, *architecture(stored.config, stored.weights), "", "How it was made", "", *training(results)]
-    lines += ["", "Results", "", *evaluation(results)]
+    measured = evaluation(results)
+    how = [line for line in measured if line.startswith(_HOW_IT_WAS_MEASURED)]
+    sections = {
+        "The rule": [
+            line.replace("- decays ", "- decays: ") for line in architecture(stored.config, stored.weights)[1:]
+        ],
+        "How it was made": training(results),
+        "How it was measured": how,
+        "Results": [line for line in measured if line not in how],
+        "Habits": habits(results),
+    }
+    print(stored.source)
+    for heading, lines in sections.items():
+        if lines:
+            print_heading(heading)
+            print_card(lines)
     if remarks := notes(results):
-        lines += ["", "Notes", "", *(f"- {remark}" for remark in remarks)]
-    print("\n".join(lines))
+        print_heading("Notes")
+        print_items(remarks)
 
 
 def pull(config: Pull) -> None:
@@ -119,8 +138,12 @@ def pull(config: Pull) -> None:
 def push(config: Push) -> None:
     """Check the folder's policy, and publish it or print what would be published."""
     _quiet_client()
+    from learned_optim.policy.filenames import CONFIG
     from learned_optim.policy.hub import check_can_push, parse_repository
 
+    if not (config.folder.expanduser() / CONFIG).is_file():  # nobody should have to log in to hear of this
+        what = f"has no {CONFIG}" if config.folder.expanduser().is_dir() else "does not exist"
+        raise FileNotFoundError(f"{config.folder} {what}: give the folder of the policy")
     if config.dry_run:
         parse_repository(config.repo)
     else:
@@ -147,8 +170,7 @@ def _print_dry_run(policy: Policy, repo: str) -> None:
 
     packed = pack(policy.config, policy.weights(), policy.results, repo_id=repo)
     print(f"would push to {repo}:")
-    for name, data in packed.items():
-        print(f"  {name}  {len(data)} bytes  sha256:{hashlib.sha256(data).hexdigest()}")
+    print_table([(n, f"{len(d):,} bytes", f"sha256:{hashlib.sha256(d).hexdigest()}") for n, d in packed.items()])
     print(f"\n{CARD}:\n\n{packed[CARD].decode()}", end="")
 
 

@@ -8,6 +8,8 @@ native.py           compiled C++, on CPUs; native_library.py makes it of the rul
 compiled.py         what torch.compile makes of the rule, on GPUs; kernels.py makes it
 packing.py          small tensors side by side in one vector
 param_state.py      one parameter with gradient and state, as backends see it
+collect.py          what a step updates: groups checked, state completed and kept from step to step
+state_checks.py     whether state belongs to its parameter
 hyperparameters.py  parameter groups: checks, and the hyperparameters of a step
 sharding.py         parameters spread over processes
 """

@@ -15,7 +15,7 @@ from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import TensorShapes, indices_by
-from learned_optim.rule.types import Spread, TensorState, TensorSums
+from learned_optim.rule.types import Coefficients, Spread, TensorState, TensorSums
 
 #: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
 #: tensor's bits do not depend on how many tensors are run with it.
@@ -38,6 +38,16 @@ class StepRecord(NamedTuple):
     sums: TensorSums  #: [K] each
     coefficients: Tensor  #: [C, K], see ``Coefficients.of_rows``
     tensor_state: TensorState  #: [K] and more, each
+    left_out: bool = False  #: their gradients were not finite: nothing was computed, all of it is NaN
+
+    @classmethod
+    def of_left_out(cls, config: PolicyConfig, params: list[ParamState]) -> StepRecord:
+        rows = Coefficients.count(len(config.hidden_weights), len(config.windows) + len(config.rates))
+        nan = torch.full((len(params),), torch.nan, dtype=torch.float64, device="cpu")
+        sums = TensorSums(*[nan] * len(TensorSums._fields))
+        state = TensorState(*[nan] * len(params[0].tensor_state))
+        contexts = [p.context for p in params]
+        return cls([p.param_index for p in params], contexts, nan, sums, nan.expand(rows, -1), state, left_out=True)
 
 
 HeadPass = Callable[[list[ParamState], TensorSums], tuple[Tensor, list[StepRecord]]]

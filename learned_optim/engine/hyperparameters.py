@@ -11,44 +11,71 @@ from torch import Tensor
 
 from learned_optim.rule.types import Hyperparameters, StepScalars
 
+#: Types of most values; bool is neither.
+_PLAIN = frozenset((float, int))
 
-def check_group(group: Mapping[str, Any]) -> None:
-    """Raise the error that torch.optim would, for the first hyperparameter out of range."""
+
+def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+    """Those of a parameter group, as floats; each tensor is read once, which waits for a GPU.
+
+    Called in every step, since anything may have been written into a group: plain numbers in range take a microsecond.
+
+    Raises:
+        TypeError, ValueError: those of torch.optim, for the first hyperparameter that is no number or out of range.
+    """
+    betas, maximize = group["betas"], group["maximize"]
+    if type(betas) in (tuple, list) and len(betas) == 2 and (maximize is False or maximize is True):
+        lr, (beta1, beta2), eps, weight_decay = group["lr"], betas, group["eps"], group["weight_decay"]
+        if (
+            _PLAIN.issuperset(map(type, (lr, beta1, beta2, eps, weight_decay)))
+            and 0.0 <= lr < math.inf
+            and 0.0 <= beta1 < 1.0
+            and 0.0 <= beta2 < 1.0
+            and 0.0 <= eps < math.inf
+            and 0.0 <= weight_decay < math.inf
+        ):
+            return Hyperparameters(float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
+    return _looked_at_closely(group)
+
+
+def of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Hyperparameters]:
+    """:func:`hyperparameters` of each; errors say of which."""
+    found = []
+    for number, group in enumerate(groups):
+        try:
+            found.append(hyperparameters(group))
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error} (in param_groups[{number}]; nothing was changed)") from error
+    return found
+
+
+def _looked_at_closely(group: Mapping[str, Any]) -> Hyperparameters:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    _check_number("learning rate", lr)
+    rate = _number("learning rate", lr)
     betas = group["betas"]
-    if not isinstance(betas, Iterable) or isinstance(betas, str) or len(tuple(betas)) != 2:
+    if not isinstance(betas, Iterable) or isinstance(betas, str) or len(betas := tuple(betas)) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; expected two numbers or None")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
-    for i, beta in enumerate(betas):
-        _check_number(f"beta parameter at index {i}", beta, below=1.0)
-    _check_number("epsilon value", group["eps"])
-    _check_number("weight_decay value", group["weight_decay"])
+    beta1, beta2 = (_number(f"beta parameter at index {i}", beta, below=1.0) for i, beta in enumerate(betas))
+    eps = _number("epsilon value", group["eps"])
+    weight_decay = _number("weight_decay value", group["weight_decay"])
     if group["maximize"] not in (True, False):
         raise TypeError(f"Invalid maximize: {group['maximize']!r}; expected True or False")
+    return Hyperparameters(rate, beta1, beta2, eps, weight_decay)
 
 
-def _check_number(what: str, value: Any, below: float = math.inf) -> None:
+def _number(what: str, value: Any, below: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"Invalid {what}: {value!r} ({type(value).__name__}); expected a number")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Invalid {what}: a Tensor of shape {tuple(value.shape)}; expected 1 element")
-    if not 0.0 <= number(value) < below:
+    number = float(value.detach() if isinstance(value, Tensor) else value)
+    if not 0.0 <= number < below:
         raise ValueError(f"Invalid {what}: {value}")
-
-
-def number(value: Any) -> float:
-    """A number, or a tensor of one element, as a float."""
-    return float(value.detach() if isinstance(value, Tensor) else value)
-
-
-def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
-    """Those of a parameter group, as floats."""
-    beta1, beta2 = group["betas"]
-    return Hyperparameters(*map(number, (group["lr"], beta1, beta2, group["eps"], group["weight_decay"])))
+    return number
 
 
 class StepContext:

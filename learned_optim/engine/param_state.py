@@ -7,7 +7,7 @@ therefore kept as long as parameter and state are the same tensors at the same a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from operator import is_
@@ -23,6 +23,8 @@ from learned_optim.rule.types import TensorState
 #: Keys of the per-tensor state, with a safeguard and without.
 GUARDED_TENSOR_KEYS = TensorState._fields
 TENSOR_KEYS = tuple(key for key in GUARDED_TENSOR_KEYS if key != "trust")
+#: Key of the count of steps that were left out because of a gradient that was not finite, where that is done.
+SKIPPED = "skipped"
 #: Group and position in it.
 ParamIndex = tuple[int, int]
 
@@ -79,7 +81,9 @@ class ParamState:
         self.count = state["step"]
         self.tensor_state = [state[key] for key in tensor_keys]  #: 0-d each
         self.is_guarded = len(self.tensor_state) == len(GUARDED_TENSOR_KEYS)
+        self.skipped = state.get(SKIPPED)  #: 0-d
         self._state = tuple(state.values())
+        self._names = ("param", *keys), ("step", *tensor_keys, SKIPPED)
         self._form = (of.dtype, of.shape, of.stride())
         self._of = (of, *(state[key] for key in keys))
         self._sharded = is_dtensor(of)
@@ -111,6 +115,20 @@ class ParamState:
             return False
         return [t.data_ptr() for t in self._here] == self._addresses
 
+    def is_for(self, other: ParamState) -> bool:
+        """Whether it is of the same parameter: one that is given twice is updated twice."""
+        return self._of[0] is other._of[0]
+
+    def identities(self) -> Iterator[tuple[tuple[bool, int], str]]:
+        """What no other parameter may have, and its name: memory, by address, and state without dimensions, by id."""
+        with_entries, single = self._names
+        for name, address, tensor in zip(with_entries, self._addresses, self._here, strict=True):
+            if address and tensor.numel():
+                yield (True, address), name
+        for name, tensor in zip(single, (self.count, *self.tensor_state, self.skipped), strict=True):
+            if tensor is not None:
+                yield (False, id(tensor)), name
+
     def set_grad(self, grad: Tensor, maximize: bool) -> None:
         """The gradient of a step."""
         if self._sharded or self.complex or type(grad) is not Tensor:
@@ -125,6 +143,12 @@ class ParamState:
         self.grad = self.param
         if self.cached_views is not None:
             self.cached_views.release_grad()
+
+
+def uncount(counts: list[Tensor]) -> None:
+    """Take back a step that was counted."""
+    if counts:
+        torch._foreach_sub_(counts, 1.0)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ of several processes, add up between the first two.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
@@ -20,11 +21,18 @@ from torch import Tensor
 
 from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead
 from learned_optim.engine.packing import COPIED, bins, copy_all, limit, stacked_tensors, to_device
-from learned_optim.engine.param_state import ParamIndex, ParamState
+from learned_optim.engine.param_state import ParamIndex, ParamState, uncount
 from learned_optim.engine.sharding import Shards
 from learned_optim.rule import update
 from learned_optim.rule.layouts import indices_by
-from learned_optim.rule.orthogonalize import Orthogonalization, as_blocks, block_scales, from_blocks, orthogonalize
+from learned_optim.rule.orthogonalize import (
+    Orthogonalization,
+    along_blocks,
+    as_blocks,
+    block_scales,
+    from_blocks,
+    orthogonalize,
+)
 from learned_optim.rule.types import Coefficients, Spread, TensorSums
 
 #: Coordinates of equal matrices that are multiplied as one batch: more of them only leave the processor's cache.
@@ -75,39 +83,62 @@ class Backend(Protocol):
         ...
 
 
-class StepReport(NamedTuple):
+@dataclass
+class StepReport:
     """What a step leaves behind for diagnostics."""
 
-    records: list[StepRecord]
-    length_factors: list[LengthFactors]  #: of what was orthogonalised
+    records: list[StepRecord] = field(default_factory=list)
+    length_factors: list[LengthFactors] = field(default_factory=list)  #: of what was orthogonalised
+    left_out: list[ParamState] = field(default_factory=list)  #: because of gradients that are not finite
+    names: Mapping[ParamIndex, str] = field(default_factory=dict)  #: of the parameters
+    skipped: Mapping[ParamIndex, Tensor] = field(default_factory=dict)  #: how many steps were, of each
 
 
-def run_step(backend: Backend, params: list[ParamState], shards: Sequence[Shards]) -> StepReport:
+def run_step(
+    backend: Backend, params: list[ParamState], shards: Sequence[Shards], skip_nonfinite: bool = False
+) -> StepReport:
     """Update every parameter and its state in place.
 
     Args:
         backend: makes the buckets.
         params: those that have a gradient.
         shards: those that are spread over processes, with a gradient or without. All processes must call this.
+        skip_nonfinite: leave out those whose gradient is not finite. On a GPU this waits for what there is to do.
     """
     backend.prepare(params)
-    report = StepReport([], [])
+    report = StepReport()
     whole = params
     for some in shards:
         here = [p for p in whole if p.param_index in some.shapes]
         whole = [p for p in whole if p.param_index not in some.shapes]
-        _run_shards(backend, here, some, report)
+        _run_shards(backend, here, some, report, skip_nonfinite)
     for device, of_device in groupby(backend.buckets(whole), lambda bucket: bucket.params[0].param.device):
         for buckets in bins(of_device, lambda bucket: bucket.copied, limit(COPIED, device)):
-            _run_buckets(backend.head, buckets, report)
+            _run_buckets(backend, buckets, report, skip_nonfinite)
+    if skip_nonfinite:
+        report.skipped = {p.param_index: p.skipped for p in params if p.skipped is not None}
+    if report.left_out:
+        report.records.append(StepRecord.of_left_out(backend.head.config, report.left_out))
+        uncount([p.count for p in report.left_out])
+        for p in report.left_out:
+            report.skipped[p.param_index].add_(1.0)
     return report
 
 
-def _run_buckets(head: TensorHead, buckets: list[Bucket], report: StepReport) -> None:
+def _run_buckets(backend: Backend, buckets: list[Bucket], report: StepReport, skip_nonfinite: bool) -> None:
     """All passes over whole parameters."""
+    head = backend.head
     params = list(chain.from_iterable(bucket.params for bucket in buckets))
     measured = [bucket.measure() for bucket in buckets]
     sums = measured[0] if len(measured) == 1 else TensorSums(*map(torch.cat, zip(*measured, strict=True)))
+    if skip_nonfinite and (suspect := _suspects(torch.stack(sums))):
+        left_out = [params[i] for i in suspect if not _is_finite(params[i])]
+        if left_out:
+            report.left_out += left_out
+            rest = _without(params, left_out)
+            for again in bins(backend.buckets(rest), lambda bucket: bucket.copied, limit(COPIED, sums.u_u.device)):
+                _run_buckets(backend, again, report, skip_nonfinite=False)
+            return
     stacked, records = head(params, sums)
     report.records.extend(records)
     most = limit(COPIED, stacked.device)
@@ -116,7 +147,26 @@ def _run_buckets(head: TensorHead, buckets: list[Bucket], report: StepReport) ->
             report.length_factors.extend(_orthogonalize_and_move(head, matrices))
 
 
-def _run_shards(backend: Backend, params: list[ParamState], shards: Shards, report: StepReport) -> None:
+def _suspects(sums: Tensor) -> list[int]:
+    """Columns of sums [S, K] that are not finite: every tensor is among them whose gradient is not.
+
+    A gradient that is NaN or infinite makes itself NaN over the root of the second moment. The sums are there anyway.
+    """
+    return (~sums.isfinite().all(0)).nonzero().flatten().tolist()
+
+
+def _is_finite(param: ParamState) -> bool:
+    return bool(param.grad.isfinite().all())
+
+
+def _without(params: list[ParamState], left_out: list[ParamState]) -> list[ParamState]:
+    ids = {id(p) for p in left_out}
+    return [p for p in params if id(p) not in ids]
+
+
+def _run_shards(
+    backend: Backend, params: list[ParamState], shards: Shards, report: StepReport, skip_nonfinite: bool
+) -> None:
     """All passes over parameters of which every process holds a part: all are measured before one is updated.
 
     Sums are added up once, whatever has a gradient; every process then adds up each matrix that is orthogonalised, and
@@ -127,6 +177,7 @@ def _run_shards(backend: Backend, params: list[ParamState], shards: Shards, repo
         params: shards with a gradient; empty ones too, since their per-tensor state is that of the whole parameter.
         shards: the parameters that may have a gradient.
         report: to be added to.
+        skip_nonfinite: leave out what has a gradient that is not finite, in any process.
     """
     columns = {index: column for column, index in enumerate(shards.shapes)}
     sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=shards.device)
@@ -140,6 +191,19 @@ def _run_shards(backend: Backend, params: list[ParamState], shards: Shards, repo
         if copied <= most:
             buckets.append(bucket)
     shards.add_up(sums)
+    if skip_nonfinite and (suspect := _suspects(sums)):  # the same in all processes
+        bad = torch.zeros(len(columns), dtype=torch.float64, device=shards.device)
+        for p in params:
+            if columns[p.param_index] in suspect and not _is_finite(p):
+                bad[columns[p.param_index]] = 1.0
+        shards.add_up(bad)
+        bad = bad.tolist()
+        left_out = [p for p in params if bad[columns[p.param_index]] > 0.0]
+        report.left_out += left_out
+        if left_out:
+            params = _without(params, left_out)
+            buckets, copied = [], most + 1
+            order = [p for bucket in backend.buckets(params) for p in bucket.params]
     matrices: dict[ParamIndex, _Matrix] = {}
     if params:
         order += [p for p in params if p.numel == 0]
@@ -218,13 +282,15 @@ def _move_along_blocks(head: TensorHead, alike: _Alike, scale: Tensor) -> None:
     (count, rows, columns), x = alike.shape, alike.blocks
     param = alike.params[0].param.detach()
     large = 2 * rows * columns > limit(MULTIPLIED, x.device)
-    if large and param.dtype == x.dtype and param.is_contiguous() and x.shape[0] * x.shape[1] == min(rows, columns):
+    fits = param.dtype == x.dtype and param.is_contiguous() and x.shape[0] * x.shape[1] == min(rows, columns)
+    # A device would make the host wait for its answer.
+    if large and fits and x.device.type == "cpu" and int(x.count_nonzero()) == x.numel():
         matrix = param.view(rows, columns)
         matrix = matrix.mT if rows > columns else matrix
         scalars: Any = alike.params[0].context.scalars
         matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=scalars.retained, alpha=-scalars.lr)
     else:
-        _move(head, alike.params, from_blocks(scale @ x, (count, rows, columns)))
+        _move(head, alike.params, from_blocks(along_blocks(scale, x), (count, rows, columns)))
 
 
 def _orthogonalize_shard(head: TensorHead, d: Tensor, here: _Matrix | None, shards: Shards) -> Iterator[LengthFactors]:

@@ -2,6 +2,8 @@
 
 config.py            what a run is made of
 outer_loop.py        the loop, and ``meta_train``: start here
+preflight.py         what is found out before a run begins
+result.py            what it leaves behind
 trajectories.py      which task, seed and length comes next, and how far it has come
 estimators.py        back-propagation, ES, PES: from a trajectory to a meta-gradient
 meta_loss.py         what is minimised
@@ -27,10 +29,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from learned_optim.meta_train.config import MetaTrainConfig as MetaTrainConfig
-    from learned_optim.meta_train.outer_loop import MetaTrainResult as MetaTrainResult
     from learned_optim.meta_train.outer_loop import meta_train as meta_train
+    from learned_optim.meta_train.result import MetaTrainResult as MetaTrainResult
 
-_WHERE = {"MetaTrainConfig": "config", "MetaTrainResult": "outer_loop", "meta_train": "outer_loop"}
+_WHERE = {"MetaTrainConfig": "config", "MetaTrainResult": "result", "meta_train": "outer_loop"}
 __all__ = ["MetaTrainConfig", "MetaTrainResult", "meta_train"]
 
 

@@ -54,7 +54,9 @@ class RunFolder:
             raise BlockingIOError(f"another process is meta-training in {self.path}: wait for it or use another folder"
                                   ) from error  # fmt: skip
         try:
-            if not resume and ((self.path / CURRENT).exists() or (self.path / METRICS).exists()):
+            # Settings and an empty log alone are left by a run that failed, or was ended, in its first outer step.
+            metrics = self.path / METRICS
+            if not resume and ((self.path / CURRENT).exists() or (metrics.exists() and metrics.stat().st_size > 0)):
                 raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another "
                                       "folder")  # fmt: skip
             for pattern in (TEMPORARY, f"*/{TEMPORARY}"):  # of a run that was killed

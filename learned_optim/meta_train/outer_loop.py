@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import save
@@ -25,33 +25,25 @@ from learned_optim.meta_train.estimators import (
 )
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
+from learned_optim.meta_train.preflight import check_device, check_tasks, learned_names, starting_policy
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
-from learned_optim.meta_train.signals import collected_signals
+from learned_optim.meta_train.result import MetaTrainResult
+from learned_optim.meta_train.signals import collected_signals, deliver
 from learned_optim.meta_train.time_ratio import Outcome
 from learned_optim.meta_train.trajectories import TaskSource, Trajectory
 from learned_optim.meta_train.validation import mean_difference, validate
 from learned_optim.policy.files import write_atomically
-from learned_optim.policy.policy import PARTS, Policy
+from learned_optim.policy.policy import Policy
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
-from learned_optim.tasks import TaskFamily, check_task, get_families
+from learned_optim.tasks import TaskFamily, get_families
 from learned_optim.tasks.base import Task
 
 COMPILING = "compiling the update rule, a minute or two the first time on a machine"
 
 #: Attributes of a run that a checkpoint holds as they are.
 _PLAIN = ("outer_step", "inner_steps", "seconds", "best_value", "stale", "failures")
-
-
-class MetaTrainResult(NamedTuple):
-    """What a run leaves behind."""
-
-    policy: Policy  #: the best by validation; the last one where there is no validation
-    last: Policy  #: after the last outer step
-    history: list[dict[str, Any]]  #: a dict per outer step, as in ``metrics.jsonl``
-    init: dict[str, Tensor] | None  #: learned initial parameters of the optimizee, by name
-    stopped_by: int | None  #: number of the signal that ended the run early
 
 
 def meta_train(
@@ -77,45 +69,50 @@ def meta_train(
         meta_loss: ``(losses [T], reference) -> scalar`` in place of ``config.meta_loss`` (backprop, pes).
         out: folder for checkpoints, metrics and the resulting policies; ``None`` writes nothing.
         resume: continue the run in ``out``; with no checkpoint there, start from the beginning.
-        show_progress: ``None`` shows a progress bar on terminals.
+        show_progress: ``None`` shows a progress bar on terminals, and elsewhere a line every half minute; ``False``
+            nothing.
 
     Returns:
-        The policy with what led to it. On SIGINT or SIGTERM the outer step is finished and saved, and
-        ``stopped_by`` says which signal it was.
+        The policy with what led to it.
+
+    Gradients are enabled inside, whatever is the case outside.
+
+    On SIGINT or SIGTERM the outer step under way is finished and saved; standard error says so, with the time that is
+    left. Then the signal is delivered again: SIGINT raises ``KeyboardInterrupt``, SIGTERM ends the process, and where
+    the program has a handler that returns, ``stopped_by`` says which signal it was. A second signal does not wait.
+    Neither does one before the first outer step.
 
     Raises:
-        ValueError: settings that do not fit together, or an unsound task, named; nothing has been run then.
+        ValueError: settings that do not fit together, no such device, an unsound task, or one that cannot be
+            vectorized (``pairs``); nothing has been run or written then.
+        ImportError: a task needs a module that is not installed; likewise.
+        KeyboardInterrupt: on SIGINT.
         FileExistsError: ``out`` holds a run, and ``resume`` is false.
         RuntimeError: a task raised in the middle of the run (named), unless ``config.keep_going``.
     """
     families = get_families(config.tasks) if tasks is None else list(tasks)
     if validation is None:
         validation = get_families(config.validation_tasks) if tasks is None else families
-    for task in (t for t in (*families, *validation) if not isinstance(t, TaskFamily)):
-        check_task(task)
+    check_device(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
-        with distributed.process_group():
-            start = start or _start(config)
+        with torch.inference_mode(False), torch.enable_grad(), distributed.process_group():
+            start = start or starting_policy(config)
             config = config.with_parts(CELLS[start.config.cell].is_mixture)
+            check_tasks(config, families, validation if config.validate_every else (), start)
             run = _Run(config, families, validation, start, meta_loss)
             folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
             try:
-                return run.run(folder, resume, show_progress)
+                result = run.run(folder, resume, show_progress)
             finally:
                 if folder is not None:
                     folder.close()
     finally:
         torch.set_num_threads(threads)
-
-
-def _start(config: MetaTrainConfig) -> Policy:
-    if config.start == "new":
-        return Policy(PolicyConfig())
-    if config.start == "gru":
-        return Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(config.seed))
-    return Policy.from_pretrained(config.start)
+    if result.stopped_by is not None:
+        deliver(result.stopped_by)
+    return result
 
 
 class _Run:
@@ -137,7 +134,7 @@ class _Run:
         self.backend: str = chosen_backend(config, start.config)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
         self.aggregator = GradientAggregator(config.clip, by_family=config.estimator != "es")
-        self.learned = self._learned_names()
+        self.learned = learned_names(config, self.policy)
         self.init: torch.nn.Parameter | None = None
         self.init_problem: Problem | None = None
         if config.learn != "policy":
@@ -156,16 +153,6 @@ class _Run:
         self.failures: dict[str, int] = {}
         self.start_source = start.source
 
-    def _learned_names(self) -> list[str]:
-        present = self.policy.weights()
-        parts = self.config.parts
-        names = list(dict.fromkeys(n for part in parts for n in PARTS[part] if n in present))
-        if self.config.learn == "init":
-            return ["init"]
-        if not names:
-            raise ValueError(f"the policy (cell {self.policy.config.cell!r}) has none of the parts {parts}")
-        return [*names, "init"] if self.config.learn == "both" else names
-
     def run(self, folder: RunFolder | None, resume: bool, show_progress: bool | None) -> MetaTrainResult:
         config = self.config
         history: list[dict[str, Any]] = []
@@ -177,38 +164,50 @@ class _Run:
             folder.start(config)
             history = folder.rewind(self.outer_step)
         estimator = make_estimator(self.source, config, self.meta_loss, self.backend, self.trajectories)
-        first = distributed.rank() == 0
-        bar = Progress(config.outer_steps, self.outer_step, folder.path if folder else None,
-                       show_progress if first else False, COMPILING if self.backend == "compiled" else "")  # fmt: skip
-        with collected_signals() as received:
-            try:
-                stop = None
-                if saved is None and config.validate_every:
-                    self.before = self._validation_outcomes()
-                while self.outer_step < config.outer_steps and stop is None:
-                    metrics = self._outer_step(estimator)
-                    history.append(metrics)
-                    if folder is not None:
-                        folder.log(metrics)
-                    bar.update(metrics)
-                    caught = [s for s in distributed.gather(list(received)) if s]
-                    stop = caught[0] if caught else None
-                    impatient = config.patience > 0 and self.stale >= config.patience
-                    ends = stop is not None or impatient or self.outer_step == config.outer_steps
-                    if ends or self.outer_step % config.save_every == 0:
-                        self._save(folder)
-                    if impatient:
-                        break
-            finally:
-                bar.close()
-        last = self._copy()
-        if not config.validate_every:
-            self.best = last
-        if folder is not None:
-            self._write(folder, "best", self.best)
-            self._write(folder, "final", last)
+        compiling = COMPILING if self.backend == "compiled" else ""
+        bar = Progress(
+            config, self.outer_step, folder.path if folder else None,
+            show_progress if distributed.rank() == 0 else False, compiling,
+        )  # fmt: skip
+        try:
+            if saved is None and config.validate_every:  # nothing is lost yet by an end at once
+                bar.doing(f"validating the start; {compiling}".removesuffix("; "))
+                self.before = self._validation_outcomes()
+                bar.doing(compiling)
+            stop = self._outer_steps(estimator, folder, history, bar)
+        finally:
+            bar.close()
         policy, init = self.best
-        return MetaTrainResult(policy, last[0], history, init, stop)
+        return MetaTrainResult(policy, self._copy()[0], history, init, stop)
+
+    def _outer_steps(
+        self, estimator: GradientEstimator, folder: RunFolder | None, history: list[dict[str, Any]], bar: Progress
+    ) -> int | None:
+        """Those that are left, each logged; returns the number of the signal that came in."""
+        config = self.config
+        stop = None
+        with collected_signals(bar.stopping, together=0.0 if distributed.world_size() == 1 else 1.0) as received:
+            while self.outer_step < config.outer_steps and stop is None:
+                metrics = self._outer_step(estimator)
+                history.append(metrics)
+                if folder is not None:
+                    folder.log(metrics)
+                bar.update(metrics, self.best_value)
+                caught = [s for s in distributed.gather(list(received)) if s]
+                stop = caught[0] if caught else None
+                impatient = config.patience > 0 and self.stale >= config.patience
+                ends = stop is not None or impatient or self.outer_step == config.outer_steps
+                if ends or self.outer_step % config.save_every == 0:
+                    self._save(folder)
+                if impatient:
+                    break
+            last = self._copy()
+            if not config.validate_every:
+                self.best = last
+            if folder is not None:
+                self._write(folder, "best", self.best)
+                self._write(folder, "final", last)
+        return stop or next(iter(received), None)
 
     def _outer_step(self, estimator: GradientEstimator) -> dict[str, Any]:
         begun = time.perf_counter()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import Segments
 from learned_optim.rule.types import CoordinateState, TensorState
 from learned_optim.rule.update import initial_state
-from learned_optim.tasks.base import Task, Tensors
+from learned_optim.tasks.base import Task, Tensors, batches_of
 from learned_optim.tasks.warm import WarmStart
 
 OTHER_PARAMETERS = (
@@ -42,11 +41,12 @@ class InnerState(NamedTuple):
 
     def with_tensors(self, tensors: Sequence[Tensor]) -> InnerState:
         """The same with others in place of :attr:`tensors`."""
-        params, cosine_fast, cosine_slow, log_pace, *of_coordinates = tensors
+        params, *rest = tensors
+        count = len(self.tensor_state.tensors)
         return self._replace(
             params=params,
-            tensor_state=TensorState(cosine_fast, cosine_slow, log_pace),
-            coordinate_state=CoordinateState.of(of_coordinates),
+            tensor_state=TensorState(*rest[:count]),
+            coordinate_state=CoordinateState.of(rest[count:]),
         )
 
     def with_own_buffers(self) -> InnerState:
@@ -114,7 +114,7 @@ class Problem:
 
     def batches(self, skip: int = 0) -> Iterator[Any]:
         """The task's batches, from number ``skip`` on."""
-        return islice(self.task.batches(torch.Generator().manual_seed(self.seed + 1)), skip, None)
+        return batches_of(self.task, torch.Generator().manual_seed(self.seed + 1), skip)
 
     def gradient(
         self, params: Tensor, buffers: Tensors, batch: Any, create_graph: bool = False

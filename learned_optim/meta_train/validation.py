@@ -33,6 +33,9 @@ def validate(
 
     Returns:
         By ``family/seed`` what :func:`mean_difference` compares. In several processes each trains its share.
+
+    Raises:
+        RuntimeError: a task raised; named.
     """
     wanted = [(family, seed) for family in families for seed in range(config.validation_seeds)]
     results = []
@@ -44,7 +47,11 @@ def validate(
         length = min(task.length, config.validation_length) if config.validation_length else task.length
         hyper = hyperparameters(policy.config, config.inner_lr, config.inner_weight_decay)
         plan = Plan(family.name, task, seed_of("validation", seed), length, hyper)
-        curve = run_plan(policy, plan, length, backend, config.held_out_share > 0.0)
+        try:
+            curve = run_plan(policy, plan, length, backend, config.held_out_share > 0.0)
+        except Exception as error:
+            what = f"{type(error).__name__}: {error}"
+            raise RuntimeError(f"task {task.name!r} raised in validation: {what}") from error
         results.append((i, f"{family.name}/{seed}", Outcome.of(curve.losses, curve.held_out_along)))
     return {name: value for _, name, value in sorted(distributed.gather(results))}
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .base import Batch, Task, Tensors, batch_tensors, draw_seed, map_batch
+from .base import Batch, Task, Tensors, batch_tensors, batches_of, draw_seed, map_batch
 from .sampling import chance, choice, integer, log_uniform, uniform
 
 
@@ -129,7 +129,7 @@ class NoisyGradients(Augmented):
             params, buffers = self.task.init(torch.Generator().manual_seed(0))
             leaves = {k: p.requires_grad_() for k, p in params.items()}
             with torch.enable_grad():
-                loss = self.task.loss(leaves, buffers, next(self.task.batches(torch.Generator().manual_seed(0))))
+                loss = self.task.loss(leaves, buffers, next(batches_of(self.task, torch.Generator().manual_seed(0))))
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
             for (key, p), g in zip(leaves.items(), grads, strict=True):
                 rms = 0.0 if g is None or not g.numel() else float(g.square().mean().sqrt())
@@ -184,7 +184,7 @@ class AccumulatedGradients(Augmented):
         self.count = count
 
     def batches(self, rng: torch.Generator) -> Iterator[Batch]:
-        batches = self.task.batches(rng)
+        batches = batches_of(self.task, rng)
         while True:
             yield [next(batches) for _ in range(self.count)]
 
@@ -280,7 +280,7 @@ def augment(task: Task, rng: torch.Generator) -> Task:
     Returns:
         A task whose name says what was applied, e.g. ``"mlp_images/3+rescaled+noisy"``; perhaps ``task`` itself.
     """
-    batch = next(task.batches(torch.Generator().manual_seed(0)))
+    batch = next(batches_of(task, torch.Generator().manual_seed(0)))
     pair = isinstance(batch, tuple) and len(batch) == 2 and all(isinstance(t, Tensor) for t in batch)
     rows = {len(t) if t.dim() else 0 for t in batch_tensors(batch)}
 

@@ -271,6 +271,19 @@ class TaskFamily:
         return task
 
 
+def batches_of(task: Task, rng: torch.Generator, skip: int = 0) -> Iterator[Batch]:
+    """The batches that ``task`` draws from ``rng``, from number ``skip`` on.
+
+    Raises:
+        ValueError: they came to an end.
+    """
+    count = 0
+    for count, batch in enumerate(task.batches(rng), start=1):
+        if count > skip:
+            yield batch
+    raise ValueError(f"batches() of task {task.name!r} ended after {count} batches; it must yield for ever")
+
+
 def draw_seed(rng: torch.Generator) -> int:
     """Draws a seed for another generator from ``rng``, an int below 2^62."""
     return int(torch.randint(2**62, (), generator=rng, device=rng.device))

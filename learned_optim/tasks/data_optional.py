@@ -18,6 +18,8 @@ from torch import Tensor
 from .sampling import Data, choice
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+SIGNS = "ΓΔΘΛΞΠΣΦΨΩαβγδεζηθλμξπσφψωБГДЖЗИЛЦЧШЩЫЭЮЯбджзийлцчшщыэюя"
+"""Greek and Cyrillic letters that no Latin one looks like."""
 FONTS = tuple(
     f"DejaVu{face}.ttf"
     for face in (
@@ -60,7 +62,7 @@ def standardise(columns: Tensor) -> Tensor:
 
 
 @functools.cache
-def glyphs() -> Tensor:
+def glyphs(alphabet: str = LETTERS) -> Tensor:
     """Every letter in every font, ``[fonts, letters, 28, 28]`` in [0, 1], centred, with blank borders."""
     matplotlib = optional_import("matplotlib")
     image_font = optional_import("PIL.ImageFont")
@@ -70,25 +72,26 @@ def glyphs() -> Tensor:
     pages = []
     for font_name in FONTS:
         font = image_font.truetype(str(folder / font_name), 18)
-        for letter in LETTERS:
+        for letter in alphabet:
             page = image.new("L", (28, 28))
             image_draw.Draw(page).text((14, 14), letter, fill=255, font=font, anchor="mm")
             pages.append(torch.frombuffer(bytearray(page.tobytes()), dtype=torch.uint8))
-    return torch.stack(pages).float().div_(255).view(len(FONTS), len(LETTERS), 28, 28)
+    return torch.stack(pages).float().div_(255).view(len(FONTS), len(alphabet), 28, 28)
 
 
-def letters(rng: torch.Generator, n: int, classes: int, colour: bool) -> Data:
+def letters(rng: torch.Generator, n: int, classes: int, colour: bool, alphabet: str = LETTERS) -> Data:
     """Letters in random fonts, slightly turned, scaled and shifted: images ``[n, 1 or 3, 28, 28]`` and labels.
 
     Args:
-        rng: source of every choice, the ``classes`` letters among the 52 included.
+        rng: source of every choice, the ``classes`` letters of ``alphabet`` included.
         n: number of images.
-        classes: number of different letters, at most 52.
+        classes: number of different letters, at most as many as the alphabet has.
         colour: random bright ink on random dark paper, three channels, rather than white on black.
+        alphabet: the letters to choose from.
     """
     labels = torch.randint(classes, (n,), generator=rng)
-    alphabet = torch.randperm(len(LETTERS), generator=rng)[:classes]
-    pages = glyphs()[torch.randint(len(FONTS), (n,), generator=rng), alphabet[labels]][:, None]
+    chosen = torch.randperm(len(alphabet), generator=rng)[:classes]
+    pages = glyphs(alphabet)[torch.randint(len(FONTS), (n,), generator=rng), chosen[labels]][:, None]
     angle = 0.25 * (2 * torch.rand(n, generator=rng) - 1)
     zoom = 1 + 0.2 * (2 * torch.rand(n, generator=rng) - 1)
     shift = 0.15 * (2 * torch.rand(n, 2, generator=rng) - 1)

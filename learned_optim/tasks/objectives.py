@@ -54,3 +54,12 @@ def negative_elbo(module: Any, batch: Batch) -> Tensor:
     logits = module.decoder(mean + noise * (0.5 * log_variance).exp())
     divergence = 0.5 * (mean.square() + log_variance.exp() - 1.0 - log_variance).sum(1).mean()
     return F.binary_cross_entropy_with_logits(logits, pixels) + divergence / pixels.shape[1]
+
+
+def with_value(surrogate: Tensor, value: Tensor) -> Tensor:
+    """A loss with the gradient of ``surrogate`` and the value of ``value``.
+
+    For tasks whose own loss says little about progress, because its target is bootstrapped or its labels are noise:
+    the optimizer follows ``surrogate``, and runs are compared by ``value``.
+    """
+    return value.detach() + (surrogate - surrogate.detach())

@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from .base import TaskFamily
-from .families import language, synthetic, tabular, vision, vision_perceptrons, vision_validation
+from .families import (
+    bootstrapped,
+    categorical,
+    changing,
+    contrastive,
+    convnext,
+    embeddings,
+    fine_tuning,
+    fine_tuning_tables,
+    forecasting,
+    graphs,
+    language,
+    noise,
+    physics,
+    sequence_to_sequence,
+    synthetic,
+    tabular,
+    vision,
+    vision_perceptrons,
+    vision_validation,
+)
 
 FAMILIES: dict[str, TaskFamily] = {
     family.name: family
-    for module in (vision_perceptrons, vision, language, tabular, synthetic, vision_validation)
+    for module in (
+        *(vision_perceptrons, vision, language, tabular, synthetic, vision_validation),
+        *(fine_tuning, fine_tuning_tables, contrastive, convnext),
+        *(embeddings, sequence_to_sequence, graphs, forecasting, categorical),
+        *(changing, bootstrapped, physics, noise),
+    )
     for family in module.FAMILIES
 }
 """Every family of the zoo by name."""
@@ -36,6 +61,14 @@ def get_families(names_or_tags: str | Iterable[str] = "all") -> list[TaskFamily]
             families |= {key: family for key, family in FAMILIES.items() if name in (family.split, "all")}
         else:
             near = difflib.get_close_matches(name, [*FAMILIES, *_TAGS], n=1, cutoff=0.4)
-            hint = f"did you mean {near[0]!r}?" if near else f"known names: {', '.join([*FAMILIES, *_TAGS])}"
+            hint = f"did you mean {near[0]!r}?" if near else f"known names:\n{_columns([*FAMILIES, *_TAGS])}"
             raise ValueError(f"unknown task family {name!r}; {hint}")
     return list(families.values())
+
+
+def _columns(names: Sequence[str]) -> str:
+    """Names below each other, column by column, on lines of about a hundred characters."""
+    width = max(map(len, names)) + 2
+    height = -(-len(names) // max(1, 100 // width))
+    lines = ("".join(name.ljust(width) for name in names[row::height]).rstrip() for row in range(height))
+    return "\n".join(f"  {line}" for line in lines)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_optim.tasks.base import Task
+from learned_optim.tasks.base import Task, batches_of
 from learned_optim.tasks.recipe import Schedule, constant
 
 
@@ -52,7 +52,7 @@ def train(
     if warm is not None:
         warm.apply(optimizer, leaves)
     rates = [group["lr"] for group in optimizer.param_groups]
-    batches = task.batches(torch.Generator().manual_seed(seed + 1))
+    batches = batches_of(task, torch.Generator().manual_seed(seed + 1))
     eval_loss: Any = getattr(task, "eval_loss", None) if held_out or evaluate_at else None
     losses: list[float] = []
     along: list[float] = []

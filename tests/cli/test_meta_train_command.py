@@ -20,6 +20,7 @@ from learned_optim import LearnedOptimizer, Policy
 from learned_optim.cli import main
 from learned_optim.meta_train import MetaTrainConfig
 from learned_optim.meta_train.checkpoint import read_metrics
+from learned_optim.tasks import FAMILIES
 
 SMALL = (
     "--tasks", "noisy_quadratic", "--max-length", "6", "--meta-batch", "1", "--validate-every", "0",
@@ -56,13 +57,17 @@ def children_seconds() -> float:
 def test_help_names_every_setting() -> None:
     shown = run_command("meta-train", "--help").stdout
     for name in MetaTrainConfig().to_dict():
-        assert "--" + {"start": "from"}.get(name, name).replace("_", "-") in shown, name
+        assert "--" + name.replace("_", "-") in shown, name
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["--sigm", "1"], r"meta-train: unknown option '--sigm', did you mean '--sigma'\?; see .*"),
     (["--estimator", "backprob"], "meta-train: .*backprob.*'backprop'.*"),
-    (["--outer-steps", "many"], "meta-train: .*--outer-steps.*"),
+    (["--outer-steps", "many"], "meta-train: --outer-steps must be a whole number, found 'many'; see .*"),
+    (["--sigma", "little"], "meta-train: --sigma must be a number, found 'little'; see .*"),
+    (["--sigma", "0"], r"meta-train: --sigma must be positive, found 0\.0"),
+    (["--outer-steps", "0"], "meta-train: --outer-steps must be 1 or more, found 0"),
+    (["--from", "default"], "meta-train: unknown option '--from', it is called '--start'"),
     (["--tasks", "noisy_quadratics"], r"meta-train: unknown task family 'noisy_quadratics'; "
                                       r"did you mean 'noisy_quadratic'\?"),
     (["--validation-tasks", "val_vae_leters"], r"meta-train: .*did you mean 'val_vae_letters'\?"),
@@ -76,8 +81,7 @@ def test_a_misspelt_option_or_task_is_one_line_with_the_nearest_match(
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
-    (["--sigma", "0"], "MetaTrainConfig.sigma must be positive, found 0.0"),
-    (["--from", "nope"], "unknown policy 'nope': .*"),
+    (["--start", "nope"], "unknown policy 'nope': .*"),
     (["--meta-optimizer", "Adom"], "unknown meta_optimizer 'Adom'; known are .*"),
     (["--settings", "missing.toml"], "no such settings file: missing.toml"),
 ])  # fmt: skip
@@ -108,10 +112,10 @@ def test_a_run_is_refused_without_resume_and_continued_with_it(
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
 
 
-def test_from_starts_at_another_policy(tmp_path: Path) -> None:
+def test_a_run_starts_at_another_policy(tmp_path: Path) -> None:
     assert meta_train("--out", tmp_path / "a", "--outer-steps", 2) == 0
     start = tmp_path / "a" / "final"
-    assert meta_train("--out", tmp_path / "b", "--outer-steps", 1, "--meta-lr", 0, "--from", start) == 0
+    assert meta_train("--out", tmp_path / "b", "--outer-steps", 1, "--meta-lr", 0, "--start", start) == 0
     assert weights(tmp_path / "b") == weights(tmp_path / "a")
 
 
@@ -144,13 +148,56 @@ def test_a_signal_ends_the_command_with_its_status_and_a_folder_to_resume(
         time.sleep(0.1)
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert (process.returncode, err) == (status, "")
-    assert "stopped by a signal; continue with --resume" in out
+    assert process.returncode == status
+    assert re.fullmatch(r"finishing this outer step( \(about \d+ s\))?; again to stop now\n", err)
+    assert re.search(r"\d+ of 100000 outer steps, no validation.*\nstopped by a signal; continue with --resume\n$", out)
     done = len(read_metrics(tmp_path / "a"))
     assert done > 0
     assert meta_train("--out", tmp_path / "a", "--outer-steps", done + 1, "--resume") == 0
     assert meta_train("--out", tmp_path / "b", "--outer-steps", done + 1) == 0
     assert weights(tmp_path / "a") == weights(tmp_path / "b")
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_before_the_first_outer_step_ends_the_command_at_once(
+    number: int, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    handler = signal.getsignal(signal.SIGTERM)
+    with monkeypatch.context() as patch:
+        patch.setattr("learned_optim.meta_train.outer_loop.validate", lambda *_: signal.raise_signal(number))
+        arguments = ("--out", tmp_path / "run", "--validate-every", 2, "--validation-tasks", "tiny_mlp")
+        assert meta_train(*arguments, "--outer-steps", 2) == status
+    assert "stopped by a signal before anything was saved; the same command begins again" in capsys.readouterr().out
+    assert signal.getsignal(signal.SIGTERM) == handler
+    assert meta_train(*arguments, "--outer-steps", 2) == 0
+
+
+def test_a_run_that_improves_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ("--validate-every", 2, "--validation-tasks", "tiny_mlp", "--validation-length", 5, "--meta-lr", 0)
+    assert meta_train("--out", tmp_path / "run", "--outer-steps", 2, *options) == 0
+    printed = capsys.readouterr().out
+    assert printed == f"{tmp_path / 'run'}: 2 of 2 outer steps, no improvement on validation; best is the start\n"
+
+
+def test_a_start_that_fails_leaves_its_folder_free(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    arguments = ("meta-train", "--out", str(tmp_path / "run"), *SMALL, "--outer-steps", "1")
+    printed = failure(capsys, *arguments, "--device", "cuda", status=1)
+    assert re.fullmatch("learned-optim: device 'cuda' cannot be used: .*; take device 'cpu'\n", printed)
+    assert not (tmp_path / "run").exists()
+    assert main(list(arguments)) == 0
+
+
+def test_all_names_of_the_zoo_are_in_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["meta-train", "--out", str(tmp_path / "run"), "--tasks", "zzzzzzzz"]) == 2
+    first, *columns = capsys.readouterr().err.splitlines()
+    assert first == "learned-optim: meta-train: unknown task family 'zzzzzzzz'; known names:"
+    assert max(map(len, columns)) <= 120
+    assert set(" ".join(columns).split()) == {*FAMILIES, "train", "validation", "all"}
 
 
 def test_plot_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -12,8 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 
 from helpers.processes import two_processes
 from helpers.support import assert_same_bits, give_gradients, leaves, make
-from learned_optim import LearnedOptimizer
-from learned_optim.engine import sharding
+from learned_optim.engine import collect, sharding
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")  # before the processes are started, which inherit its folder
 ranks = pytest.fixture(scope="module")(two_processes)
@@ -171,6 +170,41 @@ def test_whole_state_is_not_loaded_into_shards(ranks):
     ranks(mixed_kinds)
 
 
+#: Of each parameter, in which step an entry of its gradient is not finite: in one process's part, or the other's.
+BAD_STEPS = {0: 1, 2: 1, 4: 2, 5: 0, 6: 3}
+
+
+def left_out(rank, **options):
+    """In two processes, or in one where the rank is ``None``; gradients are spoilt before they are cut."""
+    mesh = None if rank is None else init_device_mesh("cpu", (2,))
+    params = leaves(*SHAPES)
+    if mesh is not None:
+        params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in params]
+    whole = leaves(*SHAPES)
+    optimizer = make(params, skip_nonfinite=True, lr=0.05, **options)
+    for step in range(STEPS):
+        give_gradients(whole, step)
+        for i, (p, q) in enumerate(zip(params, whole, strict=True)):
+            if BAD_STEPS.get(i) == step:
+                q.grad.view(-1)[-1 if i % 4 == 0 else 0] = float("nan") if i % 2 else float("inf")
+            p.grad = q.grad if mesh is None else cut(p, q.grad)
+        optimizer.step()
+    skipped = [optimizer.state[p]["skipped"] for p in params]
+    return *contents(params, optimizer), skipped
+
+
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+@pytest.mark.parametrize("policy", ["random", "orthogonal"])
+def test_all_processes_leave_out_a_tensor_of_which_one_has_a_bad_gradient(ranks, backend, policy):
+    options = {"backend": backend, "policy": policy}
+    first, second = ranks(with_keywords, left_out, options)
+    for mine, theirs in zip(first, second, strict=True):
+        assert_same_bits(mine, theirs)
+    for actual, expected in zip(first, left_out(None, **options), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    assert [int(s) for s in first[2]] == [int(i in BAD_STEPS) for i in range(len(SHAPES))]
+
+
 def without_all_reduce(rank, **options):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sharding.Shards, "add_up", lambda self, sums: None)
@@ -178,7 +212,7 @@ def without_all_reduce(rank, **options):
 
 
 def with_local_numel(rank, **options):
-    original = LearnedOptimizer._param_state
+    original = collect.ParamState
 
     def faulty(*args):
         made = original(*args)
@@ -186,7 +220,7 @@ def with_local_numel(rank, **options):
         return made
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(LearnedOptimizer, "_param_state", faulty)
+        patch.setattr(collect, "ParamState", faulty)
         return in_two_processes(rank, **options)
 
 

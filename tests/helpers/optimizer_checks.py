@@ -93,5 +93,5 @@ def assert_chunks_leave_no_seam(policy, chunk, numel, monkeypatch, dtype=torch.f
         )
         optimizer.step()
         torch.testing.assert_close(param.detach(), whole, rtol=1e-11, atol=1e-13)
-        for key, expected in zip(optimizer._coordinate_keys(), state.tensors, strict=True):
+        for key, expected in zip(optimizer._keys.coordinate, state.tensors, strict=True):
             torch.testing.assert_close(optimizer.state[param][key], expected, rtol=1e-10, atol=1e-13)

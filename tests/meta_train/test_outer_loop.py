@@ -201,27 +201,6 @@ def test_an_unwritable_folder_is_said_before_work_begins(tmp_path):
         train(settings(), file / "run")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_finishes_the_outer_step_and_saves(number, tmp_path):
-    class Signalling(Quadratic):
-        def loss(self, params, buffers, batch):
-            if not sent and (tmp_path / "checkpoint.pt").exists():
-                sent.append(True)
-                signal.raise_signal(number)
-            return super().loss(params, buffers, batch)
-
-    sent = []
-    handler = signal.getsignal(number)
-    config = settings(outer_steps=8)
-    result = meta_train(config, tasks=[Signalling()], out=tmp_path, show_progress=False)
-    assert result.stopped_by == number
-    assert len(result.history) < 8
-    assert signal.getsignal(number) is handler
-    meta_train(config, tasks=[Signalling()], out=tmp_path, resume=True, show_progress=False)
-    meta_train(config, tasks=[Quadratic()], out=tmp_path / "undisturbed", show_progress=False)
-    assert final_bytes(tmp_path) == final_bytes(tmp_path / "undisturbed")
-
-
 class Failing(Quadratic):
     name = "failing"
 

@@ -50,6 +50,24 @@ def test_each_run_is_what_it_is_alone(name):
     assert not torch.equal(together[0], together[1])
 
 
+#: Tasks of families with several kinds of networks, one of each kind that task 0 is not.
+OTHER_KINDS = {
+    "sparse_recommender": (1, 2, 3, 6, 8),
+    "large_embeddings": (1, 2),
+    "seq2seq_recurrent": (1, 7),
+    "graphs_full_batch": (1, 2, 4),
+    "forecasting": (1, 2, 3, 5, 8),
+    "categorical_tables": (1, 2),
+}
+
+
+@pytest.mark.parametrize(("name", "seed"), [(name, seed) for name, seeds in OTHER_KINDS.items() for seed in seeds])
+def test_the_other_networks_of_a_family_are_vectorized_too(name, seed):
+    policies = [random_policy(seed=seed, std=0.05) for seed in range(2)]
+    together, alone = both_ways(FAMILIES[name].task(seed), policies, steps=3)
+    torch.testing.assert_close(together, alone, rtol=2e-3, atol=1e-5)
+
+
 @pytest.mark.parametrize("policy", ["gru", "orthogonal"])
 def test_other_rules_are_vectorized_too(policy):
     policies = [POLICIES[policy], with_weights(POLICIES[policy], POLICIES[policy].weights())]

@@ -22,15 +22,15 @@ def test_the_signature_is_the_documented_one():
     signature = inspect.signature(LearnedOptimizer)
     assert list(signature.parameters) == [
         "params", "lr", "betas", "eps", "weight_decay",
-        "policy", "revision", "maximize", "backend", "state_dtype", "safeguard",
+        "policy", "revision", "maximize", "backend", "state_dtype", "safeguard", "skip_nonfinite",
     ]  # fmt: skip
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "params"}
     assert defaults == {
         "lr": 1e-3, "betas": None, "eps": None, "weight_decay": 0.01, "policy": "default", "revision": None,
-        "maximize": False, "backend": "auto", "state_dtype": None, "safeguard": False,
+        "maximize": False, "backend": "auto", "state_dtype": None, "safeguard": False, "skip_nonfinite": False,
     }  # fmt: skip
     keyword_only = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
-    assert keyword_only == ["policy", "revision", "maximize", "backend", "state_dtype", "safeguard"]
+    assert keyword_only == ["policy", "revision", "maximize", "backend", "state_dtype", "safeguard", "skip_nonfinite"]
 
 
 def overridden():

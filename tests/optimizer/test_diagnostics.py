@@ -39,6 +39,53 @@ def test_only_what_the_last_step_updated_is_there():
     assert list(optimizer.diagnostics()) == ["0.1"]
 
 
+def remove_the_first_group(optimizer):
+    del optimizer.param_groups[0]
+
+
+def reverse_a_group(optimizer):
+    for key in ("params", "param_names"):
+        optimizer.param_groups[0][key].reverse()
+
+
+def remove_all_but_the_names(optimizer):
+    optimizer.param_groups[0]["params"].clear()
+
+
+def step_without_what_fits(optimizer):
+    p = optimizer.param_groups[0]["params"][0]
+    optimizer.state[p]["exp_avg"] = torch.zeros(7)
+    with pytest.raises(RuntimeError):
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "change", [remove_the_first_group, reverse_a_group, remove_all_but_the_names, step_without_what_fits]
+)
+def test_after_groups_have_changed_names_and_figures_are_those_of_the_last_step(change):
+    params = leaves((3,), (4, 2), (5,))
+    optimizer = make([{"params": [("a", params[0]), ("b", params[1])]}, {"params": [("c", params[2])], "lr": 0.5}])
+    run(optimizer, params, 2)
+    before = optimizer.diagnostics()
+    change(optimizer)
+    assert optimizer.diagnostics() == before
+    assert list(before) == ["a", "b", "c"]
+
+
+def test_a_step_after_groups_have_changed_is_told_by_the_names_of_now():
+    params = leaves((3,), (4, 2), (5,))
+    optimizer = make([{"params": [("a", params[0]), ("b", params[1])]}, {"params": [("c", params[2])], "lr": 0.5}])
+    run(optimizer, params, 2)
+    reverse_a_group(optimizer)
+    optimizer.param_groups[1]["params"].append(*leaves((6,)))  # without a name
+    give_gradients([p for group in optimizer.param_groups for p in group["params"]], 2)
+    optimizer.step()
+    figures = optimizer.diagnostics()
+    assert list(figures) == ["b", "a", "c", "1.1"]
+    for name, p in zip("abc", params, strict=True):
+        assert figures[name]["cosine_fast"] == pytest.approx(optimizer.state[p]["cosine_fast"].item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("policy", ["base", "random", "gru"])
 @pytest.mark.parametrize("backend", ["eager", "auto"])
 def test_all_figures_are_finite_floats_and_the_shares_add_up_to_one(policy, backend):

@@ -62,7 +62,8 @@ def test_check_passes_and_sizes_are_as_promised(name):
         assert 200 <= task.length <= most
 
 
-@EVERY_FAMILY
+# In the others a batch is noise, and fitting it does harm.
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"pure_noise", "noise_after_convergence"}))
 def test_adamw_reduces_the_loss(name):
     task = FAMILIES[name].task(0)
     params, buffers = task.init(seeded(0))

@@ -1,0 +1,158 @@
+"""What is found out before a run begins: a start that fails costs seconds, is explained, and leaves nothing behind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+
+from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.meta_train.trajectories import Plan, hyperparameters
+from learned_optim.meta_train.vectorized import UnequalBatches, run_vectorized
+from learned_optim.policy.policy import PARTS, Policy
+from learned_optim.rule.config import PolicyConfig
+from learned_optim.tasks import FAMILIES, TaskFamily, check_task
+from learned_optim.tasks.base import Task, batches_of
+
+
+def starting_policy(config: MetaTrainConfig) -> Policy:
+    """The policy that ``config.start`` names."""
+    if config.start == "new":
+        return Policy(PolicyConfig())
+    if config.start == "gru":
+        return Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(config.seed))
+    return Policy.from_pretrained(config.start)
+
+
+def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:
+    """Names of what is learned: meta-parameters of the policy, and ``init`` for initial parameters.
+
+    Raises:
+        ValueError: the policy has none of the parts.
+    """
+    present = policy.weights()
+    names = list(dict.fromkeys(n for part in config.parts for n in PARTS[part] if n in present))
+    if config.learn == "init":
+        return ["init"]
+    if not names:
+        raise ValueError(f"the policy (cell {policy.config.cell!r}) has none of the parts {config.parts}")
+    return [*names, "init"] if config.learn == "both" else names
+
+
+def check_device(config: MetaTrainConfig) -> None:
+    """Raise unless there is the device that the run asks for.
+
+    Raises:
+        ValueError: there is not.
+    """
+    if config.device == "cuda" and not torch.cuda.is_available():
+        why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
+        raise ValueError(f"device 'cuda' cannot be used: {why}; take device 'cpu'")
+
+
+def check_tasks(
+    config: MetaTrainConfig,
+    training: Sequence[Task | TaskFamily],
+    validation: Sequence[Task | TaskFamily],
+    policy: Policy,
+) -> None:
+    """Try every task, and of every family the first one.
+
+    Tasks are checked by :func:`~learned_optim.tasks.check_task`, of the zoo's families the data and the first loss.
+    Where runs are vectorized, two steps of that are made of tasks and families that are not the zoo's.
+
+    With ``config.keep_going`` families to train on are not tried: others of their tasks may be sound.
+
+    Raises:
+        TypeError, ValueError: an unsound task, or one that cannot be vectorized; named, with what to do.
+        ImportError: a module that a task needs is not installed.
+    """
+    vectorized = config.estimator == "es" and (config.pairs > 1 or config.device != "cpu")
+    tried = [family for family in training if not (config.keep_going and isinstance(family, TaskFamily))]
+    for family in {id(family): family for family in (*tried, *validation)}.values():
+        if isinstance(family, TaskFamily) and FAMILIES.get(family.name) is family:
+            _try(family.name, lambda family=family: _first_loss(family.task(0)))
+            continue
+        task = family.task(0) if isinstance(family, TaskFamily) else family
+        _try(family.name, lambda task=task: check_task(task))
+        if vectorized and any(family is other for other in tried):
+            check_vectorized(config, task, policy)
+
+
+def check_vectorized(config: MetaTrainConfig, task: Task, policy: Policy) -> None:
+    """Make two steps of two runs of a sound task as one batch of tensors.
+
+    Raises:
+        ValueError: that cannot be done; names the layer.
+    """
+    weights = {name: torch.stack([w, w]).detach() for name, w in policy.weights().items()}
+    hyper = hyperparameters(policy.config, config.inner_lr, config.inner_weight_decay)
+    plan = Plan(task.name, task, 0, 2, hyper)
+    evaluate_at = (2,) if config.held_out_share > 0.0 else ()
+    list(islice(batches_of(task, torch.Generator()), plan.length))  # what goes wrong here has other reasons
+    with _entered_modules() as entered:
+        try:
+            run_vectorized(policy.config, weights, plan, 2, device=config.device, evaluate_at=evaluate_at)
+        except UnequalBatches:
+            pass  # such tasks are run one by one
+        except Exception as error:  # what torch.func and what a task's own code raise is no closed list
+            remedy = "pairs=1" if config.device == "cpu" else f"pairs=1 and device='cpu' in place of {config.device!r}"
+            what = _layer(entered) or "something outside of its layers"
+            internal = any(word in str(error) for word in ("vmap", "torch.func", "functorch", "atching rule"))
+            why = "" if internal else f" ({type(error).__name__}: {error})"
+            raise ValueError(
+                f"the runs of task {task.name!r} cannot be vectorized because of {what}{why}: take {remedy}"
+            ) from error
+
+
+@contextmanager
+def _entered_modules() -> Iterator[list[nn.Module]]:
+    """The modules whose ``forward`` is under way, from the outermost on; after an error those it came from."""
+    entered: list[nn.Module] = []
+
+    def enter(module: nn.Module, args: object) -> None:
+        entered.append(module)
+
+    def leave(module: nn.Module, args: object, output: object) -> None:
+        entered.pop()
+
+    hooks = [register_module_forward_pre_hook(enter), register_module_forward_hook(leave)]
+    try:
+        yield entered
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _layer(entered: Sequence[nn.Module]) -> str:
+    """The innermost of the modules, by its name in the outermost one; empty if there is none."""
+    if not entered:
+        return ""
+    name = next(name for name, module in entered[0].named_modules() if module is entered[-1])
+    own = f"{type(entered[-1]).__name__}({entered[-1].extra_repr()})"
+    return f"its layer {name!r}, {own}" if name else f"its module {own}"
+
+
+def _first_loss(task: Task) -> None:
+    params, buffers = task.init(torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        task.loss(params, buffers, next(batches_of(task, torch.Generator().manual_seed(0))))
+
+
+def _try(name: str, check: Callable[[], None]) -> None:
+    """The check, whose errors name the task."""
+    try:
+        check()
+    except ImportError as error:
+        raise ImportError(f"task {name!r} cannot be used: {error}") from error
+    except RuntimeError as error:
+        if "nference tensor" not in str(error):
+            raise
+        raise ValueError(
+            f"task {name!r} holds tensors that were made in torch.inference_mode(), which nothing can be trained with: "
+            "make it outside, or in torch.no_grad()"
+        ) from error
