@@ -6,6 +6,8 @@ preflight.py         what is found out before a run begins
 result.py            what it leaves behind
 trajectories.py      which task, seed and length comes next, and how far it has come
 estimators.py        back-propagation, ES, PES: from a trajectory to a meta-gradient
+guided.py            ES in directions that back-propagation points out
+estimator_choice.py  the one that a configuration names
 meta_loss.py         what is minimised
 time_ratio.py        the time one run takes over another's, which ES and validation compare
 aggregate.py         many estimates into one meta-gradient

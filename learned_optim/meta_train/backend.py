@@ -11,7 +11,7 @@ from learned_optim.rule.config import PolicyConfig
 
 #: Inner steps from which ``auto`` compiles. Compiled, an inner step is some 2 ms shorter; the kernels of whole
 #: trajectories take 20 to 30 s to make, those of the unroll with their backward pass about a minute.
-WORTH_COMPILING = {"es": 10_000, "pes": 30_000, "backprop": 30_000, "mixed": 30_000}
+WORTH_COMPILING = {"es": 10_000, "guided": 30_000, "pes": 30_000, "backprop": 30_000, "mixed": 30_000}
 
 #: What a trajectory's own length is taken to be, where there is no cap.
 USUAL_LENGTH = 400
@@ -31,7 +31,7 @@ def chosen_backend(config: MetaTrainConfig, policy: PolicyConfig) -> Literal["ea
 
 def planned_inner_steps(config: MetaTrainConfig) -> int:
     """Inner steps that a run makes at most, validation aside."""
-    if config.estimator == "es":
+    if config.compares_runs:
         return config.outer_steps * config.meta_batch * config.pairs * 2 * (config.max_length or USUAL_LENGTH)
     runs = {"backprop": 1.0, "pes": 2.0, "mixed": 1.5}[config.estimator]
     return int(config.outer_steps * config.meta_batch * config.unroll_length * runs)

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Estimator = Literal["backprop", "es", "pes", "mixed"]
+Estimator = Literal["backprop", "es", "guided", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
 Part = Literal["pace", "age", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
 
@@ -40,13 +40,17 @@ class MetaTrainConfig:
             ``averaging`` (the long average against momentum and gradient) and ``caution``. Empty means ``pace`` and
             ``step_size`` for ``es`` and ``pes`` where the cell is a mixture, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
-            ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``pes``: persistent
+            ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``guided``: the same
+            in directions that back-propagation through windows points out (Maheswaranathan et al. 2019; see
+            :mod:`learned_optim.meta_train.guided`). ``pes``: persistent
             evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
             meta-batch each of ``backprop`` and ``pes``, mixed by inverse variance (Metz et al. 2019).
         meta_batch: trajectories per outer step (``es``: tasks; ``pes``: antithetic pairs of particles).
         pairs: antithetic pairs per task (``es``). Several are vectorized, run as one batch of networks: for small
             networks, and on a GPU, a fraction of the time that they take one by one.
-        unroll_length: inner steps per truncation (``backprop``, ``pes``).
+        guides: outer steps whose back-propagated gradients span the subspace of the perturbations (``guided``).
+        guide_share: share of the perturbations that lies in it, in [0, 1); the rest goes in all directions alike.
+        unroll_length: inner steps per truncation (``backprop``, ``pes``), or of the shortest window (``guided``).
         second_order: differentiate through the inner gradients too; exact, and slower (``backprop``).
         checkpoint_segment: inner steps whose graph is recomputed in the backward pass together, so that memory grows
             with the root of ``unroll_length``; 0 keeps the whole graph (``backprop``).
@@ -93,6 +97,8 @@ class MetaTrainConfig:
     estimator: Estimator = "es"
     meta_batch: int = 4
     pairs: int = 1
+    guides: int = 8
+    guide_share: float = 0.5
     unroll_length: int = 20
     second_order: bool = False
     checkpoint_segment: int = 0
@@ -136,6 +142,7 @@ class MetaTrainConfig:
             "outer_steps",
             "meta_batch",
             "pairs",
+            "guides",
             "unroll_length",
             "save_every",
             "threads",
@@ -154,13 +161,15 @@ class MetaTrainConfig:
         for name in ("inner_lr", "sigma", "clip"):
             require(getattr(self, name) > 0.0, name, "positive")
         require(self.meta_lr >= 0.0, "meta_lr", "0 or more")
+        require(0.0 <= self.guide_share < 1.0, "guide_share", "in [0, 1)")
         require(self.inner_lr_spread >= 1.0, "inner_lr_spread", "1 or more")
         for name in ("augment", "recipes", "held_out_share"):
             require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
         require(len(self.tasks) > 0, "tasks", "at least one name")
-        require(self.estimator == "es" or self.pairs == 1, "pairs", "1 for estimators other than 'es'")
+        of_runs = "for estimators other than 'es' and 'guided'"
+        require(self.compares_runs or self.pairs == 1, "pairs", f"1 {of_runs}")
         require(self.device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'")
-        require(self.estimator == "es" or self.device == "cpu", "device", "'cpu' for estimators other than 'es'")
+        require(self.compares_runs or self.device == "cpu", "device", f"'cpu' {of_runs}")
         require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
@@ -169,9 +178,14 @@ class MetaTrainConfig:
         """The same with ``parts`` spelt out, for a policy whose cell is a mixture of averages, or is not."""
         if self.parts:
             return self
-        few = self.estimator in ("es", "pes") and is_mixture
+        few = self.estimator in ("es", "guided", "pes") and is_mixture
         everything: tuple[Part, ...] = tuple(part for part in get_args(Part) if part not in HEAD_DIRECTIONS)
         return dataclasses.replace(self, parts=("pace", "step_size") if few else everything)
+
+    @property
+    def compares_runs(self) -> bool:
+        """Whether the estimator compares whole runs with each other, of which several may be vectorized."""
+        return self.estimator in ("es", "guided")
 
     @property
     def head_directions(self) -> tuple[tuple[float, ...], ...]:

@@ -23,7 +23,7 @@ def draw(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "learned-optim[plots]"') from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     steps = [m["outer_step"] for m in metrics]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     left, middle, right = figure.subplots(1, 3)

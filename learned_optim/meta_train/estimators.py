@@ -14,6 +14,8 @@ PES                  none for the smoothed meta-loss, over    grows with the num
                      truncated trajectories                   estimate per window (Vicol et al. 2021)
 Mixed                between those of BackpropTruncated and   below either's: means of both, weighted by inverse
                      PES                                      variance (Metz et al. 2019)
+GuidedES             a positive definite factor on the        of ES in as many dimensions as there are guides, for
+                     meta-gradient of ES                      what lies in their span (module ``guided``)
 ===================  =======================================  ====================================================
 """
 
@@ -48,6 +50,7 @@ class Estimate(NamedTuple):
     meta_loss: float
     inner_steps: int
     kind: str = ""  #: of estimator, where several are mixed
+    guide: Weights | None = None  #: a back-propagated gradient beside it, see :mod:`~learned_optim.meta_train.guided`
 
 
 class GradientEstimator(Protocol):
@@ -204,9 +207,7 @@ class ES:
         self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int, init: Tensor | None = None
     ) -> Estimate:
         plan, config = self.source.draw(slot, outer_step), self.config
-        noises = [
-            perturbation(policy, learned, config, slot, outer_step, *([i] * (i > 0))) for i in range(config.pairs)
-        ]
+        noises = [self.perturbation(policy, learned, slot, outer_step, *([i] * (i > 0))) for i in range(config.pairs)]
         steps = plan.length + (self.meta_loss is not None)
         if config.pairs == 1 and config.device == "cpu":
             curves = self._one_by_one(policy, plan, steps, noises[:1])
@@ -224,6 +225,10 @@ class ES:
             for name, value in noise.items():
                 gradient[name] += value * (difference / (2.0 * config.sigma**2 * len(noises)))
         return Estimate(slot, plan.family, gradient, meta_loss, 2 * len(noises) * plan.length)
+
+    def perturbation(self, policy: Policy, learned: Sequence[str], *counters: int) -> Weights:
+        """What the first run of a pair adds to the learned weights, and the second subtracts."""
+        return perturbation(policy, learned, self.config, *counters)
 
     @property
     def _held_out_times(self) -> bool:
@@ -290,25 +295,3 @@ class Mixed(_Truncated):
         cls = (BackpropTruncated, PES)[slot % 2]
         part = cls(self.source, self.config, self.meta_loss, self.backend, self.trajectories)
         return part.estimate(policy, learned, slot, outer_step, init)._replace(kind=cls.__name__)
-
-
-def make_estimator(
-    source: TaskSource,
-    config: MetaTrainConfig,
-    meta_loss: MetaLossFn,
-    backend: str,
-    trajectories: dict[int, Trajectory] | None = None,
-) -> GradientEstimator:
-    """The estimator that the configuration names.
-
-    Args:
-        source: where trajectories come from.
-        config: of the run.
-        meta_loss: of a window; ``es`` compares the time of whole trajectories instead.
-        backend: how the update rule is run: ``eager`` or ``compiled``.
-        trajectories: those under way, by slot, which the estimator keeps up to date; ``es`` has none.
-    """
-    if config.estimator == "es":
-        return ES(source, config, None, backend)
-    cls = {"backprop": BackpropTruncated, "pes": PES, "mixed": Mixed}[config.estimator]
-    return cls(source, config, meta_loss, backend, trajectories)

@@ -16,13 +16,9 @@ from learned_optim.meta_train.aggregate import GradientAggregator
 from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.checkpoint import RunFolder
 from learned_optim.meta_train.config import MetaTrainConfig
-from learned_optim.meta_train.estimators import (
-    Estimate,
-    GradientEstimator,
-    make_estimator,
-    with_weights,
-    within_parts,
-)
+from learned_optim.meta_train.estimator_choice import make_estimator
+from learned_optim.meta_train.estimators import Estimate, GradientEstimator, Weights, with_weights, within_parts
+from learned_optim.meta_train.guided import remember
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
 from learned_optim.meta_train.preflight import check_device, check_tasks, learned_names, starting_policy
@@ -133,7 +129,8 @@ class _Run:
         self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
         self.backend: str = chosen_backend(config, start.config)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
-        self.aggregator = GradientAggregator(config.clip, by_family=config.estimator != "es")
+        self.guides: list[Weights] = []  #: recent back-propagated gradients (``guided``)
+        self.aggregator = GradientAggregator(config.clip, by_family=not config.compares_runs)
         self.learned = learned_names(config, self.policy)
         self.init: torch.nn.Parameter | None = None
         self.init_problem: Problem | None = None
@@ -163,7 +160,7 @@ class _Run:
         if folder is not None:
             folder.start(config)
             history = folder.rewind(self.outer_step)
-        estimator = make_estimator(self.source, config, self.meta_loss, self.backend, self.trajectories)
+        estimator = make_estimator(self.source, config, self.meta_loss, self.backend, self.trajectories, self.guides)
         compiling = COMPILING if self.backend == "compiled" else ""
         bar = Progress(
             config, self.outer_step, folder.path if folder else None,
@@ -229,6 +226,7 @@ class _Run:
         failed = distributed.gather(failed)
         for name, _ in failed:
             self.failures[name] = self.failures.get(name, 0) + 1
+        remember(self.guides, estimates, config.guides)
         gradient = within_parts(self.aggregator(estimates, self.learned), config)
         self._apply(gradient)
         self.inner_steps += sum(e.inner_steps for e in estimates)
@@ -321,6 +319,7 @@ class _Run:
                 "best_init": best_init,
                 "meta_optimizer": self.meta_optimizer.state_dict(),
                 "aggregator": self.aggregator.state(),
+                "guides": list(self.guides),
                 "backend": self.backend,
                 "trajectories": trajectories,
             }
@@ -340,6 +339,7 @@ class _Run:
         self.before = {name: Outcome(*marks) for name, marks in saved["before"].items()}
         self.meta_optimizer.load_state_dict(saved["meta_optimizer"])
         self.aggregator.load(saved["aggregator"])
+        self.guides[:] = saved["guides"]
         self.backend = saved["backend"]  # of the run as it began, however long it is to be by now
         mine = set(distributed.mine(self.config.meta_batch))
         for values in saved["trajectories"]:

@@ -71,7 +71,7 @@ def check_tasks(
         TypeError, ValueError: an unsound task, or one that cannot be vectorized; named, with what to do.
         ImportError: a module that a task needs is not installed.
     """
-    vectorized = config.estimator == "es" and (config.pairs > 1 or config.device != "cpu")
+    vectorized = config.pairs > 1 or config.device != "cpu"
     tried = [family for family in training if not (config.keep_going and isinstance(family, TaskFamily))]
     for family in {id(family): family for family in (*tried, *validation)}.values():
         if isinstance(family, TaskFamily) and FAMILIES.get(family.name) is family:

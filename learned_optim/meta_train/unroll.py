@@ -136,7 +136,7 @@ class _Unroll(NamedTuple):
                 end, losses = again.steps(begin, batches)
             if not after:
                 after.append((end.step, end.buffers))
-            return losses, *end.tensors
+            return losses[-1:] if self.options.last_only else losses, *end.tensors
 
         losses, *tensors = _Recompute.apply(run, *self.weights.values(), *state.tensors)  # pyright: ignore
         step, buffers = after[0]

@@ -34,6 +34,7 @@ def final_bytes(folder):
 
 KINDS = {
     "es": {"estimator": "es"},
+    "guided": {"estimator": "guided", "guides": 3},
     "pes": {"estimator": "pes"},
     "backprop": {"estimator": "backprop"},
     "init": {"estimator": "backprop", "learn": "both", "meta_optimizer": "SGD"},

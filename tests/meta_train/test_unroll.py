@@ -223,3 +223,12 @@ def test_a_fixed_scale_changes_no_value_and_takes_the_step_size_out_of_the_gradi
     assert float(gradient["head"][scale_row].abs().max()) > 1e-4
     assert float(fixed["head"][scale_row].abs().max()) < 1e-10
     assert float(fixed["gate_features"].abs().max()) > 1e-6
+
+
+def test_recomputed_segments_of_which_only_the_last_loss_is_wanted_give_the_same_gradient():
+    policy, task = policy_of(PolicyConfig()), regression(torch.float64)
+    whole, segments = (
+        meta_gradient(policy, task, UnrollOptions(segment=segment, last_only=True), loss=lambda losses: losses[-1])
+        for segment in (0, 3)
+    )
+    torch.testing.assert_close(whole, segments)
