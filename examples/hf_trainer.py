@@ -1,6 +1,6 @@
 """transformers.Trainer with LearnedOptimizer: a small GPT-2 that learns to sort, against AdamW.
 
-pip install "learned-optim[clients]"
+pip install -e ".[clients]"
 python examples/hf_trainer.py --steps 100
 """
 

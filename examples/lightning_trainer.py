@@ -1,6 +1,6 @@
 """A Lightning module with LearnedOptimizer, against AdamW.
 
-pip install "learned-optim[clients]"
+pip install -e ".[clients]"
 python examples/lightning_trainer.py --steps 200
 """
 

@@ -40,7 +40,7 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
     u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
     coeff: Any = Coefficients.of_rows(record.coefficients.unbind(), len(config.hidden_weights))
     weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])
-    gates = [torch.maximum(rate, 1.0 / step).clamp(max=1.0) for rate in coeff.rates]
+    gates = [torch.maximum(rate, coeff.gate_floor).clamp(max=1.0) for rate in coeff.rates]
     of_momentum = (1.0 - beta1) / (1.0 - beta1**step)
     all_gates = torch.stack([of_momentum, torch.ones_like(step), *gates])
     update = _update_rms(weights, all_gates, u_u, b_b, h_h, coeff.caution_factor)
@@ -63,6 +63,7 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
         "cosine_fast": state.cosine_fast[:count],
         "cosine_slow": state.cosine_slow[:count],
         "pace": state.log_pace[:count].exp(),
+        "age": state.age[:count],
         "rms_hidden_0": h_h.sqrt(),
         **{f"window_{j}": 1.0 / gate for j, gate in enumerate(gates)},
         **({} if state.trust is None else {"trust": state.trust[:count]}),

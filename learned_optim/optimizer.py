@@ -148,10 +148,12 @@ class LearnedOptimizer(Optimizer):
         go on, made anew for this optimizer with its ``last_epoch``. ``betas`` and ``eps`` are the policy's, as always;
         the moments are scaled so that they are the same after bias correction.
 
-        What AdamW does not know starts at zero: running cosines, pace and the hidden state, which averages over longer
-        and longer windows, some ``step / 4`` steps in the bundled rules, and so takes that long to fill. Momentum in
-        its place would go on pushing along the noise of the last ten steps for as long. Of ``amsgrad`` the second
-        moment is taken and its maximum left behind. A parameter without state starts afresh.
+        The age of each tensor is its step count, so that the rule takes the short steps of a run that is as old: the
+        loss goes on where it was. What AdamW does not know starts at zero: running cosines, pace and the hidden state,
+        which averages over ``step / 4`` steps or so and takes that long to fill. (Momentum in its place would go on
+        pushing along the noise of the last ten steps for as long.) A fresh optimizer is the other choice: its first
+        steps are large, so that the loss jumps, and then mostly falls faster. Of ``amsgrad`` the second moment is taken
+        and its maximum left behind. A parameter without state starts afresh.
 
         Args:
             adamw: a ``torch.optim.AdamW``, in any of its implementations, or an ``Adam`` without weight decay. It is
@@ -170,12 +172,10 @@ class LearnedOptimizer(Optimizer):
         Example:
             >>> model = torch.nn.Linear(3, 1)
             >>> adamw = torch.optim.AdamW(model.parameters(), lr=1e-3)
-            >>> for _ in range(10):
-            ...     model(torch.randn(8, 3)).square().mean().backward()
-            ...     _ = adamw.step()
-            >>> opt = LearnedOptimizer.from_adamw(adamw, lr=3e-4)
-            >>> opt.state[model.weight]["step"].item()
-            10.0
+            >>> model(torch.randn(8, 3)).square().mean().backward()
+            >>> adamw.step()
+            >>> LearnedOptimizer.from_adamw(adamw, lr=3e-4).state[model.weight]["step"].item()
+            1.0
         """
         groups = groups_of_adamw(adamw, options)
         defaults = {key: adamw.defaults[key] for key in ("lr", "weight_decay", "maximize")}
@@ -210,8 +210,8 @@ class LearnedOptimizer(Optimizer):
               positive means steps are too small, negative too large. ``sparsity`` of the momentum: 0 where all
               coordinates are alike, about 0.36 where they are normal, near 1 where few count. ``rms_parameter``.
             - ``rms_hidden_0``: of the first hidden unit before the step; 1 where gradients never change sign.
-              ``window_0``, ...: over how many steps each hidden unit averages, ``step`` at most; the coordinates' own
-              gates, which vary it, are left out.
+              ``window_0``, ...: over how many steps each hidden unit averages, ``age`` at most; the coordinates' own
+              gates, which vary it, are left out. ``age``: ``step``, less what was forgotten where the problem changed.
             - ``trust``: with a safeguard only, its trust in the rule; up to 0.25 the step was AdamW's.
             - ``skipped``: with ``skip_nonfinite`` only, how many of the tensor's steps were left out so far.
 

@@ -37,7 +37,7 @@ def diagnostics(history: History, path: str | Path) -> Path:
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise ImportError('drawing needs matplotlib: pip install "learned-optim[plots]"') from error
+        raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     last = history[-1]
     names = sorted(last, key=lambda name: -_comparable(last[name]["update_rms"] * last[name]["lr"]))
     figure = Figure(figsize=(12, 8), layout="constrained")

@@ -150,6 +150,7 @@ def state_of_adamw(adamw: Any, groups: Sequence[Mapping[str, Any]], keys: StateK
             check_fits(name_of(groups, (g, i)), p, saved, ("exp_avg", "exp_avg_sq"), ())
             state = states[p] = keys.missing(p, {})
             state["step"].fill_(step)
+            state["age"].fill_(step)
             for key, mine, other in zip(("exp_avg", "exp_avg_sq"), ours["betas"], theirs["betas"], strict=True):
                 # So that the bias-corrected moment is the same, whatever the decay rate.
                 state[key].copy_(saved[key]).mul_((1.0 - float(mine) ** step) / (1.0 - float(other) ** step))

@@ -15,17 +15,19 @@ import functools
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from data import Article, Corpus, load
 from meta_learn import base_policy, learn
 from model import CHOICES, LanguageModel, keep_memory, pretrain
-from read import Method, Reader, cache_losses
+from read import Method, Reader, Reading, cache_losses
 from report import NAMES, compare, markdown, quarters
 from torch import Tensor
+
+from learned_optim.meta_train.progress import TimedLines, how_far
 
 #: Dynamic evaluation: where the search for its settings begins (eps in units of the gradient's rms), and the weights
 #: that it moves. First of the LSTM's weights, as it was published; then with the memory that the learned rule has, too.
@@ -212,11 +214,19 @@ def static_model(corpus: Corpus, args: argparse.Namespace) -> LanguageModel:
     return model.eval()
 
 
+Part = TypeVar("Part")
+
+
 class Clock:
-    """Prints what is done next, and keeps in a file how long what was done took: at most, where runs were resumed."""
+    """Prints what is done next, and keeps in a file how long what was done took: at most, where runs were resumed.
+
+    A line every half minute says how long it has been at it, or how far it is.
+    """
 
     def __init__(self, path: Path) -> None:
         self.begun, self.path, self.stage = time.perf_counter(), path, ""
+        self.done = self.total = 0
+        self.lines = TimedLines(self.line)
         self.seconds: dict[str, float] = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
     def __call__(self, stage: str) -> None:
@@ -224,9 +234,21 @@ class Clock:
         if self.stage:
             self.seconds[self.stage] = max(round(now - self.begun, 1), self.seconds.get(self.stage, 0.0))
             self.path.write_text(json.dumps(self.seconds, indent=2) + "\n", encoding="utf-8")
-        self.begun, self.stage = now, stage
+        self.begun, self.stage, self.done, self.total = now, stage, 0, 0
         if stage:
             print(f"[{stage}]", flush=True)
+        else:
+            self.lines.close()
+
+    def line(self) -> str:
+        far = how_far(self.done, self.total, time.perf_counter() - self.begun)
+        return f"  {self.stage}: {self.done} of {self.total} {far}" if self.total else f"  {self.stage}: {far}"
+
+    def counted(self, parts: Sequence[Part]) -> Iterator[Part]:
+        """``parts``, which are all that is to be done in this stage."""
+        self.total = len(parts)
+        for self.done, part in enumerate(parts):
+            yield part
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -299,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     plain = min(("sgd", "adam", "rms"), key=on_validation.__getitem__)
     with_memory = min(("rms_memory", "rms_all"), key=on_validation.__getitem__)
     watched = (with_memory, "learned")
-    readings = {n: [of[n].read(a.tokens, m, watch=n in watched) for a in test] for n, m in methods.items()}
+    readings: dict[str, list[Reading]] = {name: [] for name in methods}
+    for name, article in clock.counted([(name, article) for name in methods for article in test]):
+        readings[name].append(of[name].read(article.tokens, methods[name], watch=name in watched))
     losses = {name: [r.losses for r in runs] for name, runs in readings.items()}
     losses["cache"] = [cache_losses(l, a.tokens, **cache) for l, a in zip(losses["static"], test, strict=True)]
     losses = {name: losses[name] for name in NAMES}

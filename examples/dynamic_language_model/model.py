@@ -21,6 +21,8 @@ from data import Article
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from learned_optim.meta_train.progress import TimedLines, how_far
+
 #: Output and cell of the LSTM, [1, batch, width], and the words before those to come, [3, batch].
 State = tuple[Tensor, Tensor, Tensor]
 #: Named weights, or differences from them.
@@ -126,7 +128,9 @@ def pretrain(
     per_epoch = max(1, count // rows // length)
     steps = max(1, round(epochs * per_epoch))
     weights: Weights = {name: getattr(model, name) for name in CHOICES["lstm"]}
-    begun, total = time.perf_counter(), 0.0
+    begun, total, step = time.perf_counter(), 0.0, 0
+    far = lambda: f"  step {step} of {steps} {how_far(step, steps, time.perf_counter() - begun)}"  # noqa: E731
+    lines = TimedLines(far) if verbose else None
     stream, state = torch.empty(0), model.start(rows)
     for step in range(steps):
         index = step % per_epoch
@@ -152,6 +156,8 @@ def pretrain(
         if verbose and (index == per_epoch - 1 or step == steps - 1):
             seconds, done = time.perf_counter() - begun, (step + 1) / per_epoch
             print(f"  epoch {done:4.1f}: training loss {total / (index + 1):.3f}, {seconds:.0f} s", flush=True)
+    if lines is not None:
+        lines.close()
     return model.eval()
 
 

@@ -115,7 +115,7 @@ def missing(optimizer: OptimizerName) -> str | None:
     """Why an optimizer cannot be run here, or ``None``."""
     for name, (module, title) in LIBRARIES.items():
         if optimizer == name and importlib.util.find_spec(module) is None:
-            return f'{title} was left out: pip install "learned-optim[bench]"'
+            return f'{title} was left out: pip install {module}, or in the clone pip install -e ".[bench]"'
     if optimizer == "muon" and not hasattr(torch.optim, "Muon"):
         return f"Muon was left out: torch {torch.__version__} has no torch.optim.Muon (2.9 has)"
     return None

@@ -16,13 +16,17 @@ from typing import Any
 
 def _console() -> Any:
     """rich's console, or ``None`` where nobody reads or rich is not installed."""
-    if not sys.stdout.isatty():
+    if not _somebody_reads():
         return None
     try:
         from rich.console import Console
     except ImportError:
         return None
     return Console(highlight=False)
+
+
+def _somebody_reads() -> bool:
+    return sys.stdout.isatty()
 
 
 def print_table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None, numbers: bool = False) -> None:

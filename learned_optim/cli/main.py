@@ -143,11 +143,11 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
     except SystemExit as exit:
         if not exit.code:
             return None
-        sentence = _in_words(_first_sentence(complaint.getvalue()))
+        sentence = _first_sentence(complaint.getvalue())
         # Where a required option is misspelt it counts as missing; that it was misspelt is the better thing to say.
         parsed, unknown = None, re.findall(r"Unrecognized options: (-\S+)", sentence)
         if not unknown:
-            raise UsageError(f"{name}: {sentence}; see `{PROGRAM} {name} --help`") from exit
+            raise UsageError(f"{name}: {_in_words(sentence)}; see `{PROGRAM} {name} --help`") from exit
     if not unknown:
         return parsed
     flag = next((argument for argument in unknown if argument.startswith("-")), None)

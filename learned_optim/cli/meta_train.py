@@ -102,6 +102,7 @@ def run(command: Any) -> int:
     """Run ``learned-optim meta-train``; the exit status is 128 plus the signal's number if one ended it early."""
     config = settings_of(command)
     from learned_optim.meta_train import distributed, meta_train
+    from learned_optim.meta_train.result import improved
     from learned_optim.tasks import get_families
 
     for names in (config.tasks, config.validation_tasks):
@@ -118,7 +119,8 @@ def run(command: Any) -> int:
             return 128 + (signal.SIGINT if isinstance(stop, KeyboardInterrupt) else signal.SIGTERM)
         if distributed.rank() == 0:
             _report(command.out, config, result.history)
-            print(f'use it: LearnedOptimizer(model.parameters(), policy="{command.out / "best"}")')
+            if improved(result.history):
+                print(f'use it: LearnedOptimizer(model.parameters(), policy="{command.out / "best"}")')
     return 0
 
 
@@ -135,7 +137,7 @@ def _report_stop(out: Path, config: MetaTrainConfig) -> None:
         _report(out, config, read_metrics(out))
         print("stopped by a signal; continue with --resume")
     else:
-        print(f"{out}: stopped by a signal before anything was saved; the same command begins again")
+        print(f"{out}: stopped by a signal before anything was saved; begin again with --resume")
 
 
 def plot(command: Plot) -> None:

@@ -214,7 +214,7 @@ def _config(values: dict[str, Any]) -> PolicyConfig:
         maker = maker if isinstance(maker, str) and re.fullmatch(r"[\w.+-]{1,40}", maker) else "a newer version"
         raise ValueError(
             f"made by learned-optim {maker} in policy format {version}, and this is learned-optim {__version__}, which "
-            f"reads formats up to {FORMAT_VERSION}: upgrade with `pip install -U learned-optim`"
+            f"reads formats up to {FORMAT_VERSION}: upgrade, in the clone with `git pull && pip install .`"
         )
     if values.get("library") != LIBRARY:
         raise ValueError(f'{CONFIG} was not written by learned-optim (no "library": "{LIBRARY}" in it)')

@@ -202,7 +202,7 @@ class PolicyConfig:
         if isinstance(version, int) and version > FORMAT_VERSION:
             raise ValueError(
                 f"made for policy format {version}, this learned_optim reads up to {FORMAT_VERSION}: "
-                "upgrade with `pip install -U learned-optim`"
+                "upgrade, in the clone with `git pull && pip install .`"
             )
         missing, unknown = sorted(set(_HINTS) - set(values)), sorted(set(values) - set(_HINTS))
         if missing or unknown:

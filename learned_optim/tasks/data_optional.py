@@ -41,7 +41,9 @@ def optional_import(module: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise ImportError(f'this task needs {module}: pip install "learned-optim[tasks]"') from error
+        raise ImportError(
+            f'this task needs {module}: pip install scikit-learn matplotlib, or in the clone pip install -e ".[tasks]"'
+        ) from error
 
 
 @functools.cache

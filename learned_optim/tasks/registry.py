@@ -23,6 +23,11 @@ from .families import (
     sequence_to_sequence,
     synthetic,
     tabular,
+    validation_changing,
+    validation_control,
+    validation_fine_tuning,
+    validation_structures,
+    validation_users,
     vision,
     vision_perceptrons,
     vision_validation,
@@ -35,6 +40,7 @@ FAMILIES: dict[str, TaskFamily] = {
         *(fine_tuning, fine_tuning_tables, contrastive, convnext),
         *(embeddings, sequence_to_sequence, graphs, forecasting, categorical),
         *(changing, bootstrapped, physics, noise),
+        *(validation_fine_tuning, validation_changing, validation_control, validation_users, validation_structures),
     )
     for family in module.FAMILIES
 }

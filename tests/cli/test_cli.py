@@ -54,7 +54,7 @@ def test_no_arguments_show_the_help_and_version_the_version(capsys: pytest.Captu
     (["push", "d", "a/b", "--privat=1"], r"push: unknown option '--privat', did you mean '--private'\?; see .*"),
     (["info", "default", "--zzz"], "info: unknown option '--zzz'; see `learned-optim info --help`"),
     (["pull", "a/b", "c/d"], "pull: one argument too many, 'c/d'; see `learned-optim pull --help`"),
-    (["pull"], r"pull: missing: REPO \(Hub repository: owner/name, or owner/name@revision\); see `learned-optim pull --help`"),
+    (["pull"], r"pull: missing: REPO \(Hub repository: owner/name, or .*\); see `learned-optim pull --help`"),
     (["push"], r"push: missing: DIR \(.*\), REPO \(.*\); see `learned-optim push --help`"),
     (["plot"], r"plot: missing: DIR \(Folder of the run\); see `learned-optim plot --help`"),
     (["bench", "--suite", "step", "--repeats", "0"], "bench: --repeats must be 1 or more, found 0"),

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from learned_optim.bench.pool import Progress
-from learned_optim.cli import main
+from learned_optim.cli import display, main
 from learned_optim.cli.bench import _Bar
 from learned_optim.cli.display import print_card, print_items, print_markdown, print_table, unescaped
 from learned_optim.cli.errors import with_flags
@@ -27,9 +27,9 @@ CARD = [
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("rich")
-    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setattr(display, "_somebody_reads", lambda: True)
     monkeypatch.setenv("COLUMNS", "40")
-    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setenv("TERM", "xterm")
 
 
 def test_plain_lines_are_aligned_and_never_wrapped(capsys: pytest.CaptureFixture[str]) -> None:

@@ -167,9 +167,9 @@ def test_a_signal_before_the_first_outer_step_ends_the_command_at_once(
         patch.setattr("learned_optim.meta_train.outer_loop.validate", lambda *_: signal.raise_signal(number))
         arguments = ("--out", tmp_path / "run", "--validate-every", 2, "--validation-tasks", "tiny_mlp")
         assert meta_train(*arguments, "--outer-steps", 2) == status
-    assert "stopped by a signal before anything was saved; the same command begins again" in capsys.readouterr().out
+    assert "stopped by a signal before anything was saved; begin again with --resume" in capsys.readouterr().out
     assert signal.getsignal(signal.SIGTERM) == handler
-    assert meta_train(*arguments, "--outer-steps", 2) == 0
+    assert meta_train(*arguments, "--outer-steps", 2, "--resume") == 0
 
 
 def test_a_run_that_improves_nothing_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

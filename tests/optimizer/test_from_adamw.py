@@ -48,7 +48,7 @@ def test_the_first_step_is_the_one_of_a_transcription_that_starts_with_adamws_mo
     expected = []
     for p, lr in zip(params, (0.01, 0.01, 0.005), strict=True):
         one, theirs = ReferenceTensor(POLICIES[policy], p.shape), adamw.state[p]
-        one.t = 7
+        one.t, one.age = 7, 7.0
         of_m, of_v = ((1 - b**7) / (1 - a**7) for a, b in zip(adamw.defaults["betas"], config.betas, strict=True))
         one.m = [x * of_m for x in theirs["exp_avg"].flatten().tolist()]
         one.v = [x * of_v for x in theirs["exp_avg_sq"].flatten().tolist()]
@@ -134,7 +134,10 @@ def test_bias_corrected_moments_are_the_same_and_all_else_is_zero(betas):
         ours, theirs = optimizer.state[p], adamw.state[p]
         for key, beta, other in zip(("exp_avg", "exp_avg_sq"), POLICIES["random"].config.betas, betas, strict=True):
             torch.testing.assert_close(ours[key] / (1 - beta**3), theirs[key] / (1 - other**3))
-        assert all(not value.any() for key, value in ours.items() if key not in ("step", "exp_avg", "exp_avg_sq"))
+        assert all(
+            not value.any() for key, value in ours.items() if key not in ("step", "age", "exp_avg", "exp_avg_sq")
+        )
+        assert ours["age"] == ours["step"] == 3
 
 
 def test_adamw_is_left_as_it_is():

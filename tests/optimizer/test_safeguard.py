@@ -68,7 +68,7 @@ def test_the_mixture_lies_between_adamws_and_the_rules_and_is_bounded(trust, cos
                       dtype=torch.float64) * scale  # fmt: skip
     before = Coefficients.of_rows(rows.unbind(), hidden)._replace(caution_factor=torch.full((3,), 0.5).double())
     numel = torch.tensor([1.0, 100.0, 1e6], dtype=torch.float64)
-    state = TensorState(*torch.tensor([cosine, 0.0, 0.0, trust], dtype=torch.float64).unsqueeze(1).expand(4, 3))
+    state = TensorState(*torch.tensor([cosine, 0.0, 0.0, 9.0, trust], dtype=torch.float64).unsqueeze(1).expand(5, 3))
     coeff, state = guarded(before, state, numel)
     new = state.trust
     total = coeff.momentum + coeff.gradient + sum(coeff.hidden)

@@ -17,7 +17,7 @@ from helpers.reference import ReferenceTensor
 from helpers.support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make, run
 
 KEYS = ("exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(4)))
-ALONE = ("cosine_fast", "cosine_slow", "log_pace", "skipped")
+ALONE = ("cosine_fast", "cosine_slow", "log_pace", "age")
 SHAPES = ((4, 3), (5,), (4, 3), (2, 3, 2), ())
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-4, torch.bfloat16: 2e-2}
 
@@ -342,7 +342,7 @@ class Surgery:
             return True
         return (
             all(key in state and state[key].shape == p.shape and state[key].is_floating_point() for key in KEYS)
-            and all(key in state and state[key].ndim == 0 for key in ALONE[:3])
+            and all(key in state and state[key].ndim == 0 for key in ALONE)
             and "step" in state
             and state["step"].dtype in (torch.float32, torch.float64)
         )
@@ -365,7 +365,7 @@ class Surgery:
             one.t = int(state["step"])
             one.m, one.v = (state[key].flatten().tolist() for key in KEYS[:2])
             one.h = [list(h) for h in zip(*(state[key].flatten().tolist() for key in KEYS[2:]), strict=True)]
-            one.cosine_fast, one.cosine_slow, one.pace = (state[key].item() for key in ALONE[:3])
+            one.cosine_fast, one.cosine_slow, one.pace, one.age = (state[key].item() for key in ALONE)
         sign = -1.0 if group["maximize"] else 1.0
         gradient = [sign * g for g in p.grad.flatten().tolist()]
         names = ("lr", "betas", "eps", "weight_decay")
@@ -403,6 +403,7 @@ class Surgery:
                 torch.testing.assert_close(actual.detach().double(), wanted, rtol=tolerance, atol=tolerance)
             assert state["step"] == one.t
             assert state["cosine_slow"].item() == pytest.approx(one.cosine_slow, abs=tolerance)
+            assert state["age"].item() == pytest.approx(one.age, rel=tolerance)
         assert len(self.optimizer.diagnostics()) == len(active)
 
     def refused(self, wrong: bool) -> None:

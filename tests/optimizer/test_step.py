@@ -480,7 +480,7 @@ def test_state_is_made_on_the_first_step_in_the_parameters_shape(policy):
     state = optimizer.state[p]
     tensors = [key for key, value in state.items() if value.shape == p.shape]
     assert tensors == ["exp_avg", "exp_avg_sq", "hidden_0", "hidden_1", "hidden_2", "hidden_3"]
-    assert {key for key in state if key not in tensors} == {"step", "cosine_fast", "cosine_slow", "log_pace"}
+    assert {key for key in state if key not in tensors} == {"step", "cosine_fast", "cosine_slow", "log_pace", "age"}
     assert all(state[key].ndim == 0 for key in state if key not in tensors)
     assert state["step"] == 1
 

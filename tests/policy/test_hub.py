@@ -227,7 +227,7 @@ REFUSED = {
     "edited": (lambda f: rewrite(f, lambda v: v.update(step_scale=9.0), reseal=False), "damaged or edited"),
     "reformatted": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text().replace("\n", "")), "not laid out"),
     "newer": (lambda f: rewrite(f, lambda v: v.update(format_version=99, library_version="7.1"), reseal=False),
-              r"made by learned-optim 7\.1 in policy format 99.*pip install -U learned-optim"),
+              r"made by learned-optim 7\.1 in policy format 99.*upgrade, in the clone with `git pull"),
     "foreign": (lambda f: (f / CONFIG).write_bytes(policy_files._render({"model_type": "bert"})), "not written by"),
     "unknown key": (lambda f: rewrite(f, lambda v: v.update(extra=1)), r"unknown keys \['extra'\]"),
     "missing key": (lambda f: rewrite(f, lambda v: v.pop("eps")), r"missing keys \['eps'\]"),

@@ -127,7 +127,7 @@ FAILURES = {
     ),
     "newer": Failure(
         ValueError, r"REPO@\w{40} is refused: made by learned-optim 9\.0 in policy format 99, and this is "
-        r"learned-optim [\d.]+, which reads formats up to 1: upgrade with `pip install -U learned-optim`",
+        r"learned-optim [\d.]+, which reads formats up to 1: upgrade, in the clone with `git pull && pip install \.`",
         files=resealed(GOOD, format_version=99, library_version="9.0"),
     ),
     "edited": Failure(

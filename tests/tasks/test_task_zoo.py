@@ -208,7 +208,7 @@ def test_a_missing_extra_says_what_to_install(monkeypatch):
         raise ImportError(name)
 
     monkeypatch.setattr(importlib, "import_module", missing)
-    with pytest.raises(ImportError, match=r'pip install "learned-optim\[tasks\]"'):
+    with pytest.raises(ImportError, match=r'pip install -e "\.\[tasks\]"'):
         data_optional.optional_import("sklearn.datasets")
 
 

@@ -195,7 +195,7 @@ def fitted_q(rng: torch.Generator) -> Task:
     """
     make, make_rng = sample_decisions(rng), spawn(rng)
     discount, noise, n = uniform(rng, 0.7, 0.95), log_uniform(rng, 0.01, 0.3), log_int(rng, 2000, 20000)
-    style, hidden = random_style(rng, norms=("none", "none", "layer", "rms")), hidden_widths(rng, 64, 320, (1, 3))
+    style, hidden = random_style(rng, norms=("none", "none", "layer", "rms")), hidden_widths(rng, 64, 320, (1, 4))
     batch_size, double, huber = log_int(rng, 32, 256), chance(rng, 0.5), chance(rng, 0.5)
     length = run_length(rng, 300, 800, 3 * batch_size * mlp_work([64, *hidden, 4]), seconds=4.0)
     averaged = chance(rng, 0.4)
@@ -256,7 +256,7 @@ def temporal_difference(rng: torch.Generator) -> Task:
     """
     make, make_rng = sample_decisions(rng), spawn(rng)
     discount, noise, steps = uniform(rng, 0.7, 0.95), log_uniform(rng, 0.01, 0.3), choice(rng, (1, 1, 2, 3, 5))
-    style, hidden = random_style(rng, norms=("none", "none", "layer", "rms")), hidden_widths(rng, 64, 320, (1, 3))
+    style, hidden = random_style(rng, norms=("none", "none", "layer", "rms")), hidden_widths(rng, 64, 320, (1, 4))
     batch_size, walking, sharpness = log_int(rng, 16, 256), chance(rng, 0.5), uniform(rng, 0.5, 4.0)
     length = run_length(rng, 300, 800, 2 * batch_size * mlp_work([64, *hidden, 1]), seconds=4.0)
 

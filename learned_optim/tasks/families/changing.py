@@ -97,7 +97,7 @@ def gaussian_source(inputs: int, outputs: int) -> Source:
 
 def image_source(rng: torch.Generator, kind: str, size: int, classes: int) -> Source:
     """Flat images [n, size * size] and labels [n]: one of 4,000 (512 of them held out) under fresh noise."""
-    make_rng, how, noise = spawn(rng), choice(rng, ("standardised", "per_pixel")), uniform(rng, 0.5, 1.5)
+    make_rng, how, noise = spawn(rng), choice(rng, ("standardised", "per_pixel")), uniform(rng, 0.3, 1.0)
 
     @functools.cache
     def load() -> tuple[Data, Data]:
@@ -154,7 +154,7 @@ def switching_targets(rng: torch.Generator) -> Task:
     classes, noise, make_rng = images or chance(rng, 0.4), uniform(rng, 0.0, 0.2), spawn(rng)
     size, inputs = integer(rng, 10, 16), log_int(rng, 8, 48)
     outputs = integer(rng, 20, 60) if images else integer(rng, 3, 8) if classes else integer(rng, 1, 4)
-    widths = [size * size if images else inputs, *hidden_widths(rng, 64, 384, (1, 3)), outputs]
+    widths = [size * size if images else inputs, *hidden_widths(rng, 96, 384, (1, 3)), outputs]
     length = run_length(rng, 450, 800, batch_size * mlp_work(widths), seconds=4.0)
     concepts = integer(rng, 4, max(4, min(7, length // 100)))
     data_rng = make_rng()
@@ -199,7 +199,7 @@ def drifting_targets(rng: torch.Generator) -> Task:
     size, inputs, concepts, turn = integer(rng, 10, 16), log_int(rng, 8, 48), 40, uniform(rng, 0.25, 1.0) * math.pi
     images, classes = kind == "images", kind != "regression"
     outputs = integer(rng, 20, 60) if images else integer(rng, 3, 8) if classes else integer(rng, 1, 4)
-    widths = [size * size if images else inputs, *hidden_widths(rng, 64, 384, (1, 3)), outputs]
+    widths = [size * size if images else inputs, *hidden_widths(rng, 96, 384, (1, 3)), outputs]
     length = run_length(rng, 400, 800, batch_size * mlp_work(widths), seconds=4.0)
     data_rng = make_rng()
 

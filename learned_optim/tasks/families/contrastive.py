@@ -211,8 +211,8 @@ def contrastive_tables(rng: torch.Generator) -> Task:
 
     The columns depend on each other through a few hidden causes, so that a row can be known by some of its entries.
     """
-    columns, causes, n = log_int(rng, 12, 120), integer(rng, 4, 12), log_int(rng, 2000, 8000)
-    make_rng, replaced, both = spawn(rng), uniform(rng, 0.2, 0.6), chance(rng, 0.5)
+    columns, causes, n = log_int(rng, 24, 160), integer(rng, 6, 16), log_int(rng, 2000, 8000)
+    make_rng, replaced, both = spawn(rng), uniform(rng, 0.1, 0.4), chance(rng, 0.5)
     style = random_style(rng, inits=("default", "xavier", "orthogonal", "scaled"))
     width, batch_size, temperature = log_int(rng, 32, 256), log_int(rng, 24, 128), temperature_of(rng)
     make_projector, depth = projector(rng, width), integer(rng, 1, 4)

@@ -128,11 +128,11 @@ def physics_informed(rng: torch.Generator) -> Task:
     """
     name = choice(rng, sorted(EQUATIONS))
     equation, coefficients = EQUATIONS[name], [log_uniform(rng, 0.3, 3.0) for _ in range(3)]
-    dims, waves, data_rng = integer(rng, *equation.dims), integer(rng, 2, 6), spawn(rng)()
+    dims, waves, data_rng = integer(rng, *equation.dims), integer(rng, 4, 12), spawn(rng)()
     # More waves along fewer axes: lines are easily drawn, while on a cube nothing would be learned in time.
-    pitch, weight = uniform(rng, *((4.0, 7.0), (2.0, 4.0), (1.2, 2.4))[dims - 1]), log_uniform(rng, 1.0, 100.0)
+    pitch, weight = uniform(rng, *((5.0, 8.0), (3.0, 5.0), (2.0, 3.0))[dims - 1]), log_uniform(rng, 1.0, 30.0)
     widths = [dims, *[log_int(rng, 32, 128)] * integer(rng, 2, 4), 1]
-    omega, gain = uniform(rng, 1.0, 3.0) if chance(rng, 0.4) else 0.0, uniform(rng, 1.0, 3.0)
+    omega, gain = uniform(rng, 1.0, 2.0) if chance(rng, 0.4) else 0.0, pitch * uniform(rng, 0.3, 1.0)
     inner, edge = log_int(rng, 48, 192), log_int(rng, 16, 48)
     fixed, time = chance(rng, 0.4), equation.time_order > 0
     length = run_length(rng, 350, 800, (1 + 2 * dims) * (inner + edge) * mlp_work(widths), seconds=3.0)

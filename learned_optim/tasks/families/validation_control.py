@@ -192,8 +192,8 @@ def val_fitted_q(rng: torch.Generator) -> Task:
     comes down only as fast as values spread through the target network, which is copied every few steps or follows
     slowly.
     """
-    discount, double, width = uniform(rng, 0.88, 0.94), chance(rng, 0.5), choice(rng, (96, 128, 192))
-    make_rng, length, batch_size = spawn(rng), log_int(rng, 400, 700), log_int(rng, 64, 192)
+    discount, double, width = uniform(rng, 0.88, 0.94), chance(rng, 0.5), choice(rng, (128, 192, 256))
+    make_rng, length, batch_size = spawn(rng), log_int(rng, 400, 700), log_int(rng, 128, 384)
     period = integer(rng, 8, 20)
     share, every = (1.0, period) if chance(rng, 0.5) else (1 / period, 1)
     problem: Hill | Inventory

@@ -138,27 +138,36 @@ def padded(rows: Sequence[Sequence[int]]) -> Tensor:
 
 
 class Translator(nn.Module):
-    """Bidirectional LSTM, LSTM, and attention from the one's output to the other's (Luong et al. 2015).
+    """Gated convolutions that read, and causal ones that write and look back after each (Gehring et al. 2017).
 
     Tokens ``[batch, source]`` and the target's ``[batch, target]`` so far, to logits ``[batch, target, vocabulary]``.
     """
 
-    def __init__(self, vocabulary: int, width: int) -> None:
+    def __init__(self, vocabulary: int, width: int, depth: int) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocabulary, width)
-        self.encoder = nn.LSTM(width, width // 2, batch_first=True, bidirectional=True)
-        self.decoder = nn.LSTM(width, width, batch_first=True)
-        self.ask = nn.Linear(width, width, bias=False)
-        self.merge = nn.Linear(2 * width, width)
+        self.place = nn.Embedding(32, width)
+        self.readers, self.writers = (
+            nn.ModuleList(nn.Conv1d(width, 2 * width, 3) for _ in range(depth)) for _ in range(2)
+        )
+        self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
+        self.questions = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
         self.output = nn.Linear(width, vocabulary)
+        for embedding in (self.embed, self.place):
+            nn.init.normal_(embedding.weight, std=0.5)
 
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
-        memory, (hidden, cell) = self.encoder(self.embed(source))
-        ends = [t.transpose(0, 1).reshape(1, len(source), -1).contiguous() for t in (hidden, cell)]
-        state = self.decoder(self.embed(target), tuple(ends))[0]
-        scores = self.ask(state) @ memory.transpose(1, 2)
-        weights = scores.masked_fill((source == 0)[:, None], -1e9).softmax(-1)
-        return self.output(self.merge(torch.cat([state, weights @ memory], -1)).tanh())
+        x = words = self.embed(source) + self.place.weight[: source.shape[1]]
+        depth = len(self.readers)
+        for conv, norm in zip(self.readers, self.norms[:depth], strict=True):
+            x = x + F.glu(conv(F.pad(norm(x).transpose(1, 2), (1, 1))), 1).transpose(1, 2)
+        blank, keys = (source == 0)[:, None], x.transpose(1, 2)
+        y = self.embed(target) + self.place.weight[: target.shape[1]]
+        for conv, norm, question in zip(self.writers, self.norms[depth:], self.questions, strict=True):
+            y = y + F.glu(conv(F.pad(norm(y).transpose(1, 2), (2, 0))), 1).transpose(1, 2)
+            scores = (question(y) @ keys * keys.shape[1] ** -0.5).masked_fill(blank, -1e9)
+            y = y + scores.softmax(-1) @ (x + words)
+        return self.output(y)
 
 
 def translation(module: Any, batch: tuple[Tensor, Tensor], smoothing: float) -> Tensor:
@@ -175,7 +184,7 @@ def val_seq2seq(rng: torch.Generator) -> Task:
     order of words changes with the structure of the whole, and names, new ones in every batch, have to be copied.
     """
     generated, n, make_rng = chance(rng, 0.5), log_int(rng, 4000, 6000), spawn(rng)
-    width, smoothing = choice(rng, (64, 80, 96)), choice(rng, (0.05, 0.1))
+    width, depth, smoothing = choice(rng, (64, 80, 96)), integer(rng, 2, 3), choice(rng, (0.05, 0.1))
     batch_size, length = log_int(rng, 24, 48), log_int(rng, 350, 500)
 
     @functools.cache
@@ -190,7 +199,7 @@ def val_seq2seq(rng: torch.Generator) -> Task:
             yield renamed(data, batch_rng)
 
     return ModuleTask(
-        lambda: Translator(len(VOCABULARY), width),
+        lambda: Translator(len(VOCABULARY), width, depth),
         batches,
         lambda module, batch: translation(module, batch, smoothing),
         length=length,
@@ -272,6 +281,7 @@ class BondNetwork(nn.Module):
             nn.Sequential(nn.LayerNorm(3 * width), nn.Linear(3 * width, width), nn.SiLU(), nn.Linear(width, width))
             for _ in range(depth)
         )
+        self.norm = nn.LayerNorm(width)
         self.gate, self.value = nn.Linear(width, 1), nn.Linear(width, width)
         self.head = nn.Sequential(nn.Linear(width, width), nn.SiLU(), nn.Linear(width, 1))
 
@@ -281,6 +291,7 @@ class BondNetwork(nn.Module):
         x = self.embed(kinds)
         for layer in self.layers:
             x = x + layer(torch.cat([x, single @ x, double @ x], -1))
+        x = self.norm(x)
         if self.per_atom:
             return (self.head(x) * present)[..., 0]
         return self.head((self.gate(x).sigmoid() * self.value(x) * present).mean(1))[:, 0]
