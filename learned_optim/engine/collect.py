@@ -72,6 +72,15 @@ class StateKeys(NamedTuple):
         return new
 
 
+class _New(NamedTuple):
+    """A parameter that is not as it was in the last step."""
+
+    index: ParamIndex
+    p: Tensor
+    params: list[ParamState]  #: to be put in there ...
+    position: int  #: ... here
+
+
 class Collector:
     """Parameters with a gradient as a step sees them, kept from step to step.
 
@@ -100,11 +109,12 @@ class Collector:
         hypers = of_groups(groups)
         if len(self._kept) > sum(len(group["params"]) for group in groups):
             self._kept.clear()  # of parameters that are no longer here, among them
-        found: list[list[tuple[ParamIndex, Tensor, Tensor]]] = []
-        new: list[tuple[ParamIndex, Tensor]] = []
+        found: list[tuple[list[ParamState], list[Tensor]]] = []  # in each group, and their gradients
+        new: list[_New] = []
         kept = self._kept
         for g, group in enumerate(groups):
-            some: list[tuple[ParamIndex, Tensor, Tensor]] = []
+            params: list[ParamState] = []
+            grads: list[Tensor] = []
             for i, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
@@ -116,17 +126,19 @@ class Collector:
                     )
                 index = (g, i)
                 state, known = states.get(p), kept.get(index)
-                if state is None or known is None or not known.is_of(p, state) or grad.shape != p.shape:
-                    new.append((index, p))
+                if known is None or state is None or not known.is_of(p, state, grad):
                     check_param(name_of(groups, index), p, grad)
-                some.append((index, p, grad))
-            found.append(some)
+                    new.append(_New(index, p, params, len(params)))
+                params.append(known)  # pyright: ignore[reportArgumentType] -- a new one is put in its place
+                grads.append(grad)
+            found.append((params, grads))
         if new:
             self._look_at(new, groups, states)
-        by_group = [[kept[index] for index, _, _ in some] for some in found]
-        for group, some, params in zip(groups, found, by_group, strict=True):
-            for (_, _, grad), param in zip(some, params, strict=True):
-                param.set_grad(grad, group["maximize"])
+        for group, (params, grads) in zip(groups, found, strict=True):
+            maximize = group["maximize"]
+            for param, grad in zip(params, grads, strict=True):
+                param.set_grad(grad, maximize)
+        by_group = [params for params, _ in found]
         self._count(by_group, hypers)
         return list(itertools.chain.from_iterable(by_group))
 
@@ -151,13 +163,11 @@ class Collector:
                     context = by_step[step] = StepContext(step, hyper)
                 p.context = context
 
-    def _look_at(
-        self, new: list[tuple[ParamIndex, Tensor]], groups: Groups, states: MutableMapping[Tensor, State]
-    ) -> None:
+    def _look_at(self, new: Sequence[_New], groups: Groups, states: MutableMapping[Tensor, State]) -> None:
         """Check parameters that are not as they were in the last step, complete their state and keep them."""
         complete: dict[Tensor, State] = {}
         made: dict[ParamIndex, Named] = {}
-        for index, p in new:
+        for index, p, _, _ in new:
             if p not in complete:  # one that is given twice
                 state = states.get(p) or {}
                 complete[p] = {**state, **self.keys.missing(p, state)}
@@ -170,6 +180,8 @@ class Collector:
         for p, state in complete.items():
             states.setdefault(p, {}).update(state)
         self._kept.update((index, one.param) for index, one in made.items())
+        for index, _, group, position in new:
+            group[position] = made[index].param
         self.names = {**self.names, **{index: one.name for index, one in made.items()}}
 
     def _others(
@@ -181,7 +193,7 @@ class Collector:
             if index in made or group >= len(groups) or position >= len(groups[group]["params"]):
                 continue
             p = groups[group]["params"][position]
-            if param.is_of(p, states.get(p, {})):
+            if param.is_of(p, states.get(p, {}), p):
                 yield Named(self.names[index], param)
 
 

@@ -105,9 +105,14 @@ class ParamState:
         """Parameter, gradient and state tensors."""
         return (self.param, self.grad, *self.state_tensors)
 
-    def is_of(self, of: Tensor, state: Mapping[str, Tensor]) -> bool:
-        """Whether it was made of these very tensors, and they have not moved."""
-        if of is not self._of[0] or self.complex or (of.dtype, of.shape, of.stride()) != self._form:
+    def is_of(self, of: Tensor, state: Mapping[str, Tensor], grad: Tensor) -> bool:
+        """Whether it was made of these very tensors, they have not moved, and the gradient is of that shape."""
+        if (
+            grad.shape != self._form[1]
+            or of is not self._of[0]
+            or self.complex
+            or (of.dtype, of.shape, of.stride()) != self._form
+        ):
             return False
         if len(state) != len(self._state) or not all(map(is_, state.values(), self._state)):
             return False

@@ -233,7 +233,7 @@ class Surgery:
         if along == "all":
             state = {k: change(v) if v.shape == shape else v for k, v in state.items()}
         elif along == "some":
-            state = {k: change(v) if k.startswith("exp_avg") else v for k, v in state.items()}
+            state = {k: change(v) if k.startswith("exp_avg") and v.ndim else v for k, v in state.items()}
         elif along == "afresh":
             state = {}
         self.optimizer.state.pop(p, None)

@@ -129,7 +129,7 @@ def physics_informed(rng: torch.Generator) -> Task:
     name = choice(rng, sorted(EQUATIONS))
     equation, coefficients = EQUATIONS[name], [log_uniform(rng, 0.3, 3.0) for _ in range(3)]
     dims, waves, data_rng = integer(rng, *equation.dims), integer(rng, 4, 12), spawn(rng)()
-    # More waves along fewer axes: lines are easily drawn, while on a cube nothing would be learned in time.
+    # Higher frequencies along fewer axes: on a cube they would not be learned within a run.
     pitch, weight = uniform(rng, *((5.0, 8.0), (3.0, 5.0), (2.0, 3.0))[dims - 1]), log_uniform(rng, 1.0, 30.0)
     widths = [dims, *[log_int(rng, 32, 128)] * integer(rng, 2, 4), 1]
     omega, gain = uniform(rng, 1.0, 2.0) if chance(rng, 0.4) else 0.0, pitch * uniform(rng, 0.3, 1.0)

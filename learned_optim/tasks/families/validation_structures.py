@@ -148,7 +148,7 @@ class Translator(nn.Module):
         self.embed = nn.Embedding(vocabulary, width)
         self.place = nn.Embedding(32, width)
         self.readers, self.writers = (
-            nn.ModuleList(nn.Conv1d(width, 2 * width, 3) for _ in range(depth)) for _ in range(2)
+            nn.ModuleList(nn.Linear(3 * width, 2 * width) for _ in range(depth)) for _ in range(2)
         )
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2 * depth))
         self.questions = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
@@ -159,15 +159,21 @@ class Translator(nn.Module):
     def forward(self, source: Tensor, target: Tensor) -> Tensor:
         x = words = self.embed(source) + self.place.weight[: source.shape[1]]
         depth = len(self.readers)
-        for conv, norm in zip(self.readers, self.norms[:depth], strict=True):
-            x = x + F.glu(conv(F.pad(norm(x).transpose(1, 2), (1, 1))), 1).transpose(1, 2)
+        for layer, norm in zip(self.readers, self.norms[:depth], strict=True):
+            x = x + F.glu(layer(threes(norm(x), 1)))
         blank, keys = (source == 0)[:, None], x.transpose(1, 2)
         y = self.embed(target) + self.place.weight[: target.shape[1]]
-        for conv, norm, question in zip(self.writers, self.norms[depth:], self.questions, strict=True):
-            y = y + F.glu(conv(F.pad(norm(y).transpose(1, 2), (2, 0))), 1).transpose(1, 2)
+        for layer, norm, question in zip(self.writers, self.norms[depth:], self.questions, strict=True):
+            y = y + F.glu(layer(threes(norm(y), 2)))
             scores = (question(y) @ keys * keys.shape[1] ** -0.5).masked_fill(blank, -1e9)
             y = y + scores.softmax(-1) @ (x + words)
         return self.output(y)
+
+
+def threes(x: Tensor, before: int) -> Tensor:
+    """Every place of ``[batch, time, width]`` with ``before`` ones before it and the rest of three behind it."""
+    x, time = F.pad(x, (0, 0, before, 2 - before)), x.shape[1]
+    return torch.cat([x[:, i : i + time] for i in range(3)], -1)
 
 
 def translation(module: Any, batch: tuple[Tensor, Tensor], smoothing: float) -> Tensor:
@@ -184,8 +190,8 @@ def val_seq2seq(rng: torch.Generator) -> Task:
     order of words changes with the structure of the whole, and names, new ones in every batch, have to be copied.
     """
     generated, n, make_rng = chance(rng, 0.5), log_int(rng, 4000, 6000), spawn(rng)
-    width, depth, smoothing = choice(rng, (64, 80, 96)), integer(rng, 2, 3), choice(rng, (0.05, 0.1))
-    batch_size, length = log_int(rng, 24, 48), log_int(rng, 350, 500)
+    width, depth, smoothing = choice(rng, (48, 64)), 2, choice(rng, (0.05, 0.1))
+    batch_size, length = log_int(rng, 16, 28), log_int(rng, 350, 500)
 
     @functools.cache
     def load() -> tuple[Data, Data]:
@@ -212,7 +218,7 @@ LEVEL = torch.tensor([0.0, 0.5, 1.2, -0.8])  # on-site energies, in units of a s
 
 
 def molecules(rng: torch.Generator, n: int, atoms: int) -> tuple[Tensor, Tensor]:
-    """Trees of atoms with up to two rings of 5 or 6: kinds ``[n, atoms]``, 4 where there is none, and bonds.
+    """Up to ``n`` trees of atoms, up to two rings of 5 or 6 in each: kinds ``[n, atoms]``, 4 for no atom, and bonds.
 
     Bonds are ``[n, atoms, atoms]``: 0, 1 or 2. No atom has more than its valence allows.
     """
@@ -245,7 +251,10 @@ def molecules(rng: torch.Generator, n: int, atoms: int) -> tuple[Tensor, Tensor]
         some = weight.sum(1) > 0
         ends = torch.multinomial(weight + 1e-9, 1, generator=rng)[:, 0]
         join(ends // atoms, ends % atoms, (some & (torch.rand(n, generator=rng) < 0.7)).float())
-    return kinds.masked_fill(torch.arange(atoms) >= size, 4), bonds
+    kinds = kinds.masked_fill(torch.arange(atoms) >= size, 4)
+    # Small molecules come up more than once; none may be in both parts of the data.
+    unlike = torch.unique(torch.cat([kinds, bonds.long().flatten(1)], 1), dim=0)
+    return unlike[:, :atoms], unlike[:, atoms:].view(-1, atoms, atoms).float()
 
 
 def orbitals(kinds: Tensor, bonds: Tensor) -> tuple[Tensor, Tensor]:

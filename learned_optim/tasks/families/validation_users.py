@@ -110,12 +110,8 @@ def val_physics_informed(rng: torch.Generator) -> Task:
         tuple(uniform(rng, -1.0, 1.0) / (1 + i) ** 0.5 for i in range(3)),
         log_uniform(rng, 1.0, 30.0),
     )
-    features, pitch, width, depth = (
-        integer(rng, 16, 32),
-        uniform(rng, 1.0, 3.0),
-        log_int(rng, 64, 96),
-        integer(rng, 2, 3),
-    )
+    features, pitch = integer(rng, 24, 40), uniform(rng, 1.0, 3.0)
+    width, depth = log_int(rng, 80, 112), integer(rng, 2, 3)
     n, length, make_rng = log_int(rng, 64, 128), log_int(rng, 400, 700), spawn(rng)
 
     def draw(generator: torch.Generator, n: int) -> tuple[Tensor]:
