@@ -99,12 +99,26 @@ def dataset_task(
     *,
     batch_size: int,
     length: int,
+    change: Callable[[Data, torch.Generator], Data] | None = None,
 ) -> ModuleTask:
-    """A task on a fixed data set; ``load() -> (training, held-out)`` runs once, at first use."""
+    """A task on a fixed data set; ``load() -> (training, held-out)`` runs once, at first use.
+
+    With ``change``, which makes another batch of a batch, no example is seen twice as it is, so that none can be
+    memorised.
+    """
     load = functools.cache(load)
+
+    def batches(rng: torch.Generator) -> Iterator[Data]:
+        if change is None:
+            yield from dataset_batches(load()[0], batch_size, rng)
+        else:
+            change_rng = torch.Generator().manual_seed(draw_seed(rng))
+            for batch in dataset_batches(load()[0], batch_size, rng):
+                yield change(batch, change_rng)
+
     return ModuleTask(
         make_module,
-        lambda rng: dataset_batches(load()[0], batch_size, rng),
+        batches,
         loss_fn,
         length=length,
         eval_batch=lambda: load()[1],

@@ -208,8 +208,12 @@ def val_fitted_q(rng: torch.Generator) -> Task:
 
     @functools.cache
     def load() -> tuple[Data, Data]:
-        data = problem.sample(make_rng(), 20_000)
-        return tuple(t[512:] for t in data), (*(t[:512] for t in data), torch.zeros(()))
+        data_rng = make_rng()
+        data = problem.sample(data_rng, 20_000)
+        # The shop has a few thousand states in all: a tenth of the states is held out, not of the decisions.
+        different, state = torch.unique(data.states, dim=0, return_inverse=True)
+        unseen = (torch.rand(len(different), generator=data_rng) < 0.1)[state]
+        return tuple(t[~unseen] for t in data), (*(t[unseen][:512] for t in data), torch.zeros(()))
 
     def batches(batch_rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
         for step, batch in enumerate(dataset_batches(load()[0], batch_size, batch_rng)):

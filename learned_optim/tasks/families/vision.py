@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ..base import LossFn, ModuleTask, Task, TaskFamily
 from ..data_images import IMAGE_SOURCES, preprocess, scenes, signals
+from ..image_views import Augmentation
 from ..nets import AutoEncoder, Style, VisionTransformer, convnet, initialise, random_style, residual_convnet
 from ..objectives import bernoulli_reconstruction, classification, negative_elbo, reconstruction
 from ..sampling import (
@@ -24,6 +26,7 @@ from ..sampling import (
     run_length,
     spawn,
     split,
+    uniform,
 )
 
 PREPROCESSING = ("raw", "standardised", "per_pixel")
@@ -66,10 +69,33 @@ def mlp_work(widths: Sequence[int]) -> int:
 
 
 def classifier(
-    make: Callable[[], nn.Module], style: Style, load: Callable[[], tuple[Data, Data]], batch_size: int, length: int
+    make: Callable[[], nn.Module],
+    style: Style,
+    load: Callable[[], tuple[Data, Data]],
+    batch_size: int,
+    length: int,
+    view: Augmentation | None = None,
 ) -> ModuleTask:
-    """A network that classifies what ``load`` gives, its weights drawn as ``style`` says."""
-    return dataset_task(lambda: initialise(make(), style), load, classification, batch_size=batch_size, length=length)
+    """A network that classifies what ``load`` gives, its weights drawn as ``style`` says.
+
+    With ``view``, it is trained on another random view of each image every time.
+    """
+    return dataset_task(
+        lambda: initialise(make(), style), load, classification, batch_size=batch_size, length=length,
+        change=None if view is None else lambda batch, rng: (view(batch[0], rng), *batch[1:]),
+    )  # fmt: skip
+
+
+def sparse_view(rng: torch.Generator, size: int) -> Augmentation:
+    """Shifts and perhaps holes, which leave a blank page blank."""
+    return Augmentation(
+        shift=integer(rng, 1, max(1, size // 8)), hole=integer(rng, size // 4, size // 2) if chance(rng, 0.5) else 0
+    )
+
+
+def noisy_view(rng: torch.Generator, size: int) -> Augmentation:
+    """The same, and noise on every pixel."""
+    return replace(sparse_view(rng, size), noise=uniform(rng, 0.2, 1.0))
 
 
 def vit_work(size: int, patch: int, depth: int, width: int) -> int:
@@ -123,8 +149,8 @@ def conv2d_images(rng: torch.Generator) -> Task:
     channels = [width * 2**i if chance(rng, 0.5) else width for i in range(integer(rng, 2, 3))]
     source = choice(rng, ("textures", "shapes"))
     load = image_data(rng, source, 1500, classes, choice(rng, PREPROCESSING[:2]), size=size, channels=colours)
-    length, batch_size = run_length(rng, 200, 500), log_int(rng, 8, 64)
-    return classifier(lambda: convnet(colours, channels, classes, style), style, load, batch_size, length)
+    length, batch_size, view = run_length(rng, 200, 500), log_int(rng, 8, 64), noisy_view(rng, size)
+    return classifier(lambda: convnet(colours, channels, classes, style), style, load, batch_size, length, view)
 
 
 def resnet_images(rng: torch.Generator) -> Task:
