@@ -62,8 +62,9 @@ def test_check_passes_and_sizes_are_as_promised(name):
         assert 200 <= task.length <= most
 
 
-# In the others a batch is noise, and fitting it does harm.
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"pure_noise", "noise_after_convergence"}))
+# In the others a batch is noise, and fitting it does harm; or, in val_fitted_q, what is reported is the error
+# against the true values, which rises before it falls.
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - {"pure_noise", "noise_after_convergence", "val_fitted_q"}))
 def test_adamw_reduces_the_loss(name):
     task = FAMILIES[name].task(0)
     params, buffers = task.init(seeded(0))

@@ -388,8 +388,8 @@ def test_ranking_losses_agree_with_their_formulas(bpr):
     log_chance, log_chances = -torch.rand(5, generator=seeded(1)), -torch.rand(4, generator=seeded(2))
     loss = validation_users.sampled_ranking(module, (session, negatives, log_chance, log_chances), bpr)
     wanted, count = 0.0, 0
-    vectors = module(session[:, :-1])
-    score = lambda row, item: float(vectors[row] @ module.items.weight[item] + module.bias.weight[item, 0])  # noqa: E731
+    vectors, (items, bias) = module(session[:, :-1]).detach(), (t.weight.detach() for t in (module.items, module.bias))
+    score = lambda row, item: float(vectors[row] @ items[item] + bias[item, 0])  # noqa: E731
     for row in range(5):
         own = int(session[row, -1])
         others = [(int(item), j) for j, item in enumerate(negatives) if int(item) != own]
