@@ -28,6 +28,8 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+import zoo_tables
+
 from learned_optim.bench import habits_report
 
 ROOT = Path(__file__).parent.parent
@@ -296,7 +298,7 @@ def _paragraph(text: str) -> str:
 #: Tables, and some paragraphs, that are made of what was measured; the other tables stand in their files as they are.
 TABLES: dict[str, Callable[[Results], Table | str]] = {
     "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
-    "meta_train_speed": meta_train_speed, "habits": habits, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
+    "meta_train_speed": meta_train_speed, "habits": habits, "zoo": zoo_tables.zoo, "users": zoo_tables.users, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
     "nanogpt_how": nanogpt_how,
 }  # fmt: skip
 
@@ -350,7 +352,7 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "sizes": _sizes, "tasks": _count, "elementwise": _elementwise,
     "bytes": _bytes(4), "bytes_bfloat16": _bytes(2), "bytes_elementwise": _bytes(4, "elementwise_config"),
     "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
-    "muon_lower": _muon_lower,
+    "muon_lower": _muon_lower, "good_start": zoo_tables.good_start,
 }  # fmt: skip
 
 
