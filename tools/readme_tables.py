@@ -28,6 +28,7 @@ from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parent))
 import zoo_tables
 
 from learned_optim.bench import habits_report
@@ -298,8 +299,8 @@ def _paragraph(text: str) -> str:
 #: Tables, and some paragraphs, that are made of what was measured; the other tables stand in their files as they are.
 TABLES: dict[str, Callable[[Results], Table | str]] = {
     "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
-    "meta_train_speed": meta_train_speed, "habits": habits, "zoo": zoo_tables.zoo, "users": zoo_tables.users, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
-    "nanogpt_how": nanogpt_how,
+    "meta_train_speed": meta_train_speed, "habits": habits, "zoo": zoo_tables.zoo, "users": zoo_tables.users,
+    "rivals": zoo_tables.rivals, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short, "nanogpt_how": nanogpt_how,
 }  # fmt: skip
 
 

@@ -7,7 +7,6 @@ from statistics import geometric_mean, mean
 from typing import Any
 
 from learned_optim.bench import habits_report
-from learned_optim.tasks import FAMILIES
 
 Results = dict[str, Any]
 Table = dict[str, dict[str, str]]
@@ -19,20 +18,19 @@ def zoo(results: Results) -> Table:
     families: dict[str, list[dict[str, Any]]] = {}
     for draw in draws:
         families.setdefault(draw["family"], []).append(draw)
-    table = {name: _row(FAMILIES[name].description, some) for name, some in families.items()}
-    return {**table, "all": _row("", draws)}
+    return {**{name: _row(some) for name, some in families.items()}, "all": _row(draws)}
 
 
-def _row(description: str, draws: list[dict[str, Any]]) -> dict[str, str]:
+def _row(draws: list[dict[str, Any]]) -> dict[str, str]:
     saturated = [draw["saturated"] for draw in draws if draw["saturated"]]
+    why = f" ({', '.join(sorted(set(saturated)))})" if saturated else ""
     sizes = [draw["parameters"] for draw in draws]
     return {
-        "what": description,
         "parameters": f"{min(sizes):,} to {max(sizes):,}",
         "seconds": f"{mean(draw['seconds'] for draw in draws):.1f}",
         "steps, AdamW over default": f"{math.exp(-mean(draw['log_time_ratio'] for draw in draws)):.2f}",
         "default's final loss over AdamW's": f"{geometric_mean(_final(draw) for draw in draws):.2f}",
-        "saturated": f"{len(saturated)} of {len(draws)}" + (f" ({', '.join(sorted(set(saturated)))})" if saturated else ""),
+        "saturated": f"{len(saturated)} of {len(draws)}{why}",
     }
 
 
@@ -48,9 +46,51 @@ def good_start(results: Results) -> str:
     return f"{mean(value for value in values if value is not None):.0f}"
 
 
+#: What the validation families like users' work are, for readers.
+USERS = {
+    "val_fine_tuning_images": "fine-tuning, images", "val_fine_tuning_text": "fine-tuning, text",
+    "val_switching": "targets that switch", "val_fitted_q": "fitted Q", "val_physics_informed": "physics-informed",
+    "val_recommender": "recommender", "val_forecasting": "forecasting", "val_graph": "molecules",
+    "val_seq2seq": "translation",
+}  # fmt: skip
+_END, _LOWEST = "held-out loss at the end", "lowest held-out loss"
+
+
 def users(results: Results) -> Table:
-    """The validation families like users' work, as the quality suite saw them."""
-    table: Table = {}
-    for name, row in results["users"]["quality"]["table"].items():
-        table[name] = row
+    """The validation families like users' work, as the quality suite saw them; the best first."""
+    ours = _contenders(results["users"])["learned: default"]
+    table = {}
+    for task in sorted(ours["tasks"], key=lambda task: -task["speedup"]):
+        held_out = task["held_out"]
+        table[USERS[task["task"].partition("/")[0]]] = {
+            "speedup in steps": f"{task['speedup']:.2f} ± {task['spread']:.2f}",
+            "cost of an iteration": f"{task['time_ratio']:.2f}",
+            "speedup in time": f"{task['speedup'] / task['time_ratio']:.2f}",
+            **{name: f"{held_out[name]['loss'] / held_out[name]['reference_loss']:.2f}" for name in (_END, _LOWEST)},
+        }
+    summary = ours["summary"]
+    table["geometric mean"] = {
+        "speedup in steps": f"{summary['speedup']:.2f} ± {summary['spread']:.2f}",
+        "cost of an iteration": f"{summary['time_ratio']:.2f}",
+        "speedup in time": f"{summary['time_speedup']:.2f}",
+        **{name: f"{summary['held_out_ratios'][name]:.2f}" for name in (_END, _LOWEST)},
+    }
     return table
+
+
+def rivals(results: Results) -> Table:
+    """All optimizers on the same tasks, in summary, over AdamW tuned per task."""
+    table = {}
+    for name, contender in _contenders(results["users_peers"]).items():
+        summary = contender["summary"]
+        table[name] = {
+            "speedup in steps": f"{summary['speedup']:.2f}",
+            "worst": f"{summary['worst']:.2f}, {USERS[summary['worst_task'].partition('/')[0]]}",
+            "speedup in time": f"{summary['time_speedup']:.2f}",
+            **{figure: f"{summary['held_out_ratios'][figure]:.2f}" for figure in (_END, _LOWEST)},
+        }
+    return table
+
+
+def _contenders(values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {c["name"]: c for c in values["quality"]["contenders"] if c["name"] != "AdamW, tuned"}

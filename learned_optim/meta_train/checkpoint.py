@@ -25,7 +25,7 @@ from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.policy.files import TEMPORARY, naming, temporary_path, write_atomically
 
 #: Of what a checkpoint holds; others are refused.
-FORMAT = 3
+FORMAT = 4
 CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
 
@@ -112,13 +112,14 @@ class RunFolder:
                 continue
             try:
                 state = _read(path)
-                saved = MetaTrainConfig.from_dict(state["config"])
+                # Those of another version may have other names.
+                saved = MetaTrainConfig.from_dict(state["config"]) if state.get("format") == FORMAT else None
             except MemoryError:
                 raise
             except Exception as error:  # what reading damaged bytes raises is no closed list
                 damaged.append(f"{path} ({type(error).__name__})")
                 continue
-            if state.get("format") != FORMAT:
+            if saved is None:
                 raise ValueError(f"{path} was made by another version of learned_optim: start again in another "
                                  f"folder, from {str(self.path / 'best')!r}")  # fmt: skip
             # More outer steps only mean that the run goes on for longer.

@@ -93,6 +93,7 @@ class Problem:
         state, tensor_state = initial_state(config, vector.detach(), len(self.shapes))
         if self.warm is not None:
             state = state._replace(exp_avg_sq=self.flatten(self.warm.second_moments).to(state.exp_avg_sq))
+            tensor_state = tensor_state._replace(age=tensor_state.age + self.steps_before)
         return InnerState(vector, state, tensor_state, 0, self._buffers).with_own_buffers()
 
     def flatten(self, params: Tensors) -> Tensor:

@@ -117,6 +117,7 @@ class _Runs:
         state = state._replace(exp_avg_sq=state.exp_avg_sq + begin.coordinate_state.exp_avg_sq.to(device))
         shape = self.count, len(self.layout.tensor_shapes.numel)
         tensor_state = TensorState(*(t.new_zeros(shape, device=device) for t in begin.tensor_state.tensors))
+        tensor_state = tensor_state._replace(age=tensor_state.age + problem.steps_before)
         buffers = {k: b.to(device).expand(self.count, *b.shape).clone() for k, b in begin.buffers.items()}
         self.state = _State(params, state, tensor_state, buffers)
         one_run = torch.func.grad_and_value(self._loss, has_aux=True)
@@ -128,6 +129,8 @@ class _Runs:
         losses = []
         held_out = [torch.empty(self.count, 0, device=self.device)]
         advance = self._replayed(steps) if self.device.type == "cuda" else self._advance
+        if evaluate_at:
+            self._make_held_out_data()
         for step in range(steps):
             losses.append(advance(step))
             if step + 1 in evaluate_at:
@@ -197,6 +200,11 @@ class _Runs:
         with _VmapFriendly():
             loss = self.problem.task.loss(self.problem.views(params), buffers, batch)
         return loss, buffers
+
+    def _make_held_out_data(self) -> None:
+        """It is made when it is used first, and nothing can be drawn at random inside ``vmap``."""
+        eval_loss: Any = getattr(self.problem.task, "eval_loss", None)
+        eval_loss(self.problem.views(self.state.params[0]), {name: b[0] for name, b in self.state.buffers.items()})
 
     def _held_out_loss(self, params: Tensor, buffers: Tensors) -> Tensor:
         eval_loss: Any = getattr(self.problem.task, "eval_loss", None)

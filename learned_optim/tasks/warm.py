@@ -33,7 +33,8 @@ class WarmStart(NamedTuple):
 def begin_warm(optimizer: Optimizer, params: Sequence[Tensor], second_moments: Sequence[Tensor], steps: int) -> None:
     """Give an optimizer, before its first step, second moments as if gathered over ``steps`` steps.
 
-    Any optimizer will do that keeps them as Adam does, under ``step`` and ``exp_avg_sq``; others are left alone.
+    Any optimizer will do that keeps them as Adam does, under ``step`` and ``exp_avg_sq``; others are left alone. An
+    ``age``, as :class:`~learned_optim.LearnedOptimizer` keeps it, becomes ``steps`` too.
 
     Raises:
         ValueError: moments that do not fit the parameters, that are negative or not finite; or ``steps`` below 1.
@@ -60,4 +61,5 @@ def begin_warm(optimizer: Optimizer, params: Sequence[Tensor], second_moments: S
         state = optimizer.state[p]
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].copy_(moment)
-            state["step"] = torch.full_like(state["step"], float(steps))
+            for count in {"step", "age"} & state.keys():
+                state[count] = torch.full_like(state[count], float(steps))

@@ -121,10 +121,9 @@ def physics_informed(rng: torch.Generator) -> Task:
     """A partial or ordinary differential equation with random coefficients, solved by a small network.
 
     Heat, waves, Burgers, Poisson, Helmholtz, oscillators and others, forced so that a random sum of waves is the
-    solution. The loss is the equation's mean squared residual over that of the zero function, plus the weighted
-    error at the boundary and at the beginning, at points that are drawn afresh or from eight
-    batches that are always the same. The
-    held-out loss is the error of the solution itself at other points, in units of its mean square.
+    solution. The loss is the equation's mean squared residual over that of the zero function, plus the weighted error
+    at the boundary and at the beginning. Its points are drawn afresh, or come in eight batches that are always the
+    same. The held-out loss is the error of the solution itself at other points, in units of its mean square.
     """
     name = choice(rng, sorted(EQUATIONS))
     equation, coefficients = EQUATIONS[name], [log_uniform(rng, 0.3, 3.0) for _ in range(3)]

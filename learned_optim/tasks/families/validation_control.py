@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..base import LossFn, ModuleTask, Task, TaskFamily
+from ..objectives import with_value
 from ..sampling import Data, chance, choice, dataset_batches, integer, log_int, log_uniform, spawn, uniform
 
 
@@ -181,8 +182,7 @@ def bootstrapped(module: Any, batch: tuple[Tensor, ...], double: bool) -> Tensor
         ahead = module.values(module.target, next_states)
         judge = module.values(module.online, next_states) if double else ahead
         targets = rewards + discounts * ahead.gather(1, judge.argmax(1, keepdim=True)).squeeze(1)
-    surrogate = F.smooth_l1_loss(values, targets)
-    return error + (surrogate - surrogate.detach())
+    return with_value(F.smooth_l1_loss(values, targets), error)
 
 
 def val_fitted_q(rng: torch.Generator) -> Task:
