@@ -160,11 +160,14 @@ def state_of_adamw(adamw: Any, groups: Sequence[Mapping[str, Any]], keys: StateK
 def without_pieces_of_fsdp(saved: dict[str, Any], params: Iterable[Tensor]) -> dict[str, Any]:
     """What ``Optimizer.state_dict`` returned, with the per-tensor state of classic FSDP's flat pieces set to 0.
 
-    Every process has another one for its piece, which FSDP refuses to save.
+    Every process has another one for its piece, which FSDP refuses to save. The age becomes the step count, which is
+    the same in all of them: a tensor of age 0 would throw its hidden state away.
     """
     for key, p in enumerate(params):
         if getattr(p, "_fsdp_flattened", False) and key in saved["state"]:
             values = saved["state"][key]
             own = [name for name in values if name in (*GUARDED_TENSOR_KEYS, SKIPPED)]
-            saved["state"][key] = {**values, **{name: torch.zeros_like(values[name]) for name in own}}
+            zeros = {name: torch.zeros_like(values[name]) for name in own}
+            age = torch.full_like(values["age"], float(values["step"]))
+            saved["state"][key] = {**values, **zeros, "age": age}
     return saved

@@ -81,7 +81,7 @@ def users(results: Results) -> Table:
 def rivals(results: Results) -> Table:
     """All optimizers on the same tasks, in summary, over AdamW tuned per task."""
     table = {}
-    for name, contender in _contenders(results["users_peers"]).items():
+    for name, contender in _contenders(results["rivals"]).items():
         summary = contender["summary"]
         table[name] = {
             "speedup in steps": f"{summary['speedup']:.2f}",
