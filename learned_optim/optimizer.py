@@ -70,16 +70,16 @@ class LearnedOptimizer(Optimizer):
             and, on GPUs, a million parameters or more; :attr:`backend` says what is used.
         state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 8 bytes per parameter with
             ``default``. ``None``: float32, and float64 for float64 parameters: 12 bytes per parameter in float32.
-        safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's as its gradients agree with
-            the way taken so far; where they turn against it, it falls back to AdamW's. Every update is a mixture of
-            the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by its policy).
-            No loss is evaluated and nothing promises that the loss falls; it costs some small operations per step and
-            one number per tensor, and a part of the speed-up. Measured in ``docs/safeguard.md``.
+        safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's, unless its gradients turn
+            against the way taken so far more than in ordinary training; then it falls back to AdamW's. Every update
+            is a mixture of the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by
+            its policy). No loss is evaluated and nothing promises that the loss falls; it costs some small operations
+            per step, one number per tensor, and a quarter of the speed. Measured in ``docs/safeguard.md``.
         skip_nonfinite: a tensor whose gradient holds a NaN or an infinity is left out of the step: parameter, state
             and step count stay as they are, to the last bit. :meth:`diagnostics` says so and counts (``skipped``).
             Off by default, as in torch, where such a gradient makes the parameter NaN: what is broken is then seen at
             once, and on a GPU each step would wait to hear whether anything is. All processes decide alike about a
-            tensor that is spread over them. Clipping by the norm of all gradients spreads one NaN to all of them.
+            DTensor that is spread over them. Clipping by the norm of all gradients spreads one NaN to all of them.
 
     Raises:
         ValueError: an argument out of range, or an unknown policy or backend.
@@ -302,8 +302,8 @@ class LearnedOptimizer(Optimizer):
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
 
         Where classic FSDP has flattened the parameters, the averages of the cosine, the pace and the trust are saved
-        as 0 and begin anew in a run that is resumed: every process has another one for its piece, which FSDP refuses
-        to save. State of parameters that are in no group any more is left out: nobody could load it.
+        as 0 and the age as the step count, and go on from there in a run that is resumed: every process has another
+        one for its piece, which FSDP refuses to save. State of parameters that are in no group any more is left out: nobody could load it.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         everything, ids = self.state, {id(p) for p in params}

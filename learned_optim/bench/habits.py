@@ -22,9 +22,9 @@ from learned_optim.bench.curves import DIVERGED_ABOVE
 from learned_optim.bench.habits_config import HabitsConfig, Lengths
 from learned_optim.bench.pool import OnProgress, Progress
 from learned_optim.bench.quality import REFERENCE, load_policies
-from learned_optim.bench.runs import one_thread
 from learned_optim.policy.policy import Policy
 from learned_optim.policy.resolve import bundled
+from learned_optim.tasks.base import one_thread
 
 SAME = "AdamW, same lr"
 #: Steps at which tables show the size of a step on noise; pictures show more.

@@ -14,9 +14,10 @@ from learned_optim.bench.cache import RunCache, log_look
 from learned_optim.bench.curves import Run, final_loss
 from learned_optim.bench.pool import OnProgress, Pool
 from learned_optim.bench.quality_config import QualityConfig
-from learned_optim.bench.runs import RunSpec, behaviour, find_task, one_thread
+from learned_optim.bench.runs import RunSpec, behaviour, find_task
 from learned_optim.policy.policy import Policy
 from learned_optim.tasks import FAMILIES, Task, get_families
+from learned_optim.tasks.base import one_thread
 
 REFERENCE = "AdamW, tuned"
 FIXED = "AdamW 1e-3"

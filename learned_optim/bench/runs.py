@@ -7,8 +7,6 @@ import hashlib
 import math
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -23,7 +21,7 @@ from learned_optim.bench.baselines import LIBRARIES, Driver, Setting
 from learned_optim.bench.curves import Run, binned
 from learned_optim.policy.policy import Policy
 from learned_optim.tasks import FAMILIES, Task
-from learned_optim.tasks.base import batches_of
+from learned_optim.tasks.base import batches_of, one_thread
 
 #: Goes up when runs made before are no longer comparable.
 FORMAT = 1
@@ -142,17 +140,6 @@ def behaviour(task: Task) -> tuple[str, float]:
 def evaluation_steps(steps: int, evaluations: int) -> list[int]:
     """Steps after which held-out losses are taken: 0, then denser at the beginning, then the end."""
     return sorted({0, *(max(1, round(steps * (i / evaluations) ** 1.5)) for i in range(1, evaluations + 1))})
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """The body with one thread of torch's: seconds per step mean the same everywhere."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def seconds_per_step(clocks: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -109,7 +109,7 @@ class Collector:
         hypers = of_groups(groups)
         if len(self._kept) > sum(len(group["params"]) for group in groups):
             self._kept.clear()  # of parameters that are no longer here, among them
-        found: list[tuple[list[ParamState], list[Tensor]]] = []  # in each group, and their gradients
+        with_grads: list[tuple[list[ParamState], list[Tensor]]] = []  # in each group, and their gradients
         new: list[_New] = []
         kept = self._kept
         for g, group in enumerate(groups):
@@ -131,14 +131,14 @@ class Collector:
                     new.append(_New(index, p, params, len(params)))
                 params.append(known)  # pyright: ignore[reportArgumentType] -- a new one is put in its place
                 grads.append(grad)
-            found.append((params, grads))
+            with_grads.append((params, grads))
         if new:
             self._look_at(new, groups, states)
-        for group, (params, grads) in zip(groups, found, strict=True):
+        for group, (params, grads) in zip(groups, with_grads, strict=True):
             maximize = group["maximize"]
             for param, grad in zip(params, grads, strict=True):
                 param.set_grad(grad, maximize)
-        by_group = [params for params, _ in found]
+        by_group = [params for params, _ in with_grads]
         self._count(by_group, hypers)
         return list(itertools.chain.from_iterable(by_group))
 

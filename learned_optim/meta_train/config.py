@@ -35,19 +35,20 @@ class MetaTrainConfig:
         start: the policy to start from: ``new`` (hand-set base mixture, zero weights), ``gru`` (a GRU cell with
             random weights), or whatever ``Policy.from_pretrained`` takes.
         learn: the policy, the initial parameters of the optimizee, or both.
-        parts: parts of the policy that are learned. Four have few numbers, which ``es`` finds in a fraction of the
-            time: ``pace`` (what a tensor's step size grows or shrinks by), and parts of the tensor head ``step_size``,
-            ``averaging`` (the long average against momentum and gradient) and ``caution``. Empty means ``pace`` and
-            ``step_size`` for ``es`` and ``pes`` where the cell is a mixture, and all that the policy has otherwise.
+        parts: parts of the policy that are learned. Five have few numbers, which ``es`` finds in a fraction of the
+            time: ``pace`` (what a tensor's step size grows or shrinks by), ``age`` (when a tensor becomes young again),
+            and three parts of the tensor head: ``step_size``, ``averaging`` (the long average against momentum and
+            gradient) and ``caution``. Empty means ``pace`` and ``step_size`` for ``es``, ``guided`` and ``pes`` where
+            the cell is a mixture, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``guided``: the same
             in directions that back-propagation through windows points out (Maheswaranathan et al. 2019; see
-            :mod:`learned_optim.meta_train.guided`). ``pes``: persistent
-            evolution strategies, unbiased over truncated trajectories (Vicol et al. 2021). ``mixed``: half the
-            meta-batch each of ``backprop`` and ``pes``, mixed by inverse variance (Metz et al. 2019).
-        meta_batch: trajectories per outer step (``es``: tasks; ``pes``: antithetic pairs of particles).
-        pairs: antithetic pairs per task (``es``). Several are vectorized, run as one batch of networks: for small
-            networks, and on a GPU, a fraction of the time that they take one by one.
+            :mod:`learned_optim.meta_train.guided`). ``pes``: persistent evolution strategies, unbiased over truncated
+            trajectories (Vicol et al. 2021). ``mixed``: half the meta-batch each of ``backprop`` and ``pes``, mixed by
+            inverse variance (Metz et al. 2019).
+        meta_batch: trajectories per outer step (``es``, ``guided``: tasks; ``pes``: antithetic pairs of particles).
+        pairs: antithetic pairs per task (``es``, ``guided``). Several are vectorized, run as one batch of networks: for
+            small networks, and on a GPU, a fraction of the time that they take one by one.
         guides: outer steps whose back-propagated gradients span the subspace of the perturbations (``guided``).
         guide_share: share of the perturbations that lies in it, in [0, 1); the rest goes in all directions alike.
         unroll_length: inner steps per truncation (``backprop``, ``pes``), or of the shortest window (``guided``).
@@ -55,10 +56,10 @@ class MetaTrainConfig:
         checkpoint_segment: inner steps whose graph is recomputed in the backward pass together, so that memory grows
             with the root of ``unroll_length``; 0 keeps the whole graph (``backprop``).
         meta_loss: of a window: ``final`` is the last loss, ``sum`` the mean along it, ``log_ratio`` the mean of
-            log(loss / loss at the beginning), which weighs tasks of unlike loss scales alike. ``es`` compares
-            whole trajectories by their log-speedup instead.
-        held_out_share: part of the meta-loss, or of the comparison (``es``), that is made on held-out data where a task
-            has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a half each.
+            log(loss / loss at the beginning), which weighs tasks of unlike loss scales alike. ``es`` and
+            ``guided`` compare whole trajectories by their log-speedup instead.
+        held_out_share: part of the meta-loss, or of the comparison (``es``, ``guided``), that is made on held-out data
+            where a task has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a half each.
         max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own.
         curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
         inner_lr: learning rate of the inner steps.
@@ -66,7 +67,7 @@ class MetaTrainConfig:
         inner_weight_decay: as in the optimizer.
         fixed_scale: impose each tensor's step size: the rms of its mixture is taken out of the gradient, so that
             windows too short to judge step sizes cannot change them (``backprop``).
-        sigma: standard deviation of the perturbations (``es``, ``pes``), in units of the weights.
+        sigma: standard deviation of the perturbations (``es``, ``guided``, ``pes``), in units of the weights.
         meta_optimizer: class of ``torch.optim``, or ``LearnedOptimizer``.
         meta_lr: its learning rate.
         clip: bound of the rms of a trajectory's meta-gradient, as a multiple of the running median; a trajectory
@@ -81,7 +82,7 @@ class MetaTrainConfig:
         patience: validations without improvement before the run ends early; 0 never.
         save_every: outer steps between checkpoints.
         keep_going: a task that raises is left out, named and counted, instead of ending the run.
-        device: where several pairs are vectorized, ``cpu`` or ``cuda`` (``es``). Validation stays on the CPU.
+        device: where several pairs are vectorized, ``cpu`` or ``cuda`` (``es``, ``guided``). Validation stays on the CPU.
         threads: of torch in each process; small networks are fastest with 1.
         backend: how the update rule is run. ``compiled`` makes inner steps about three times as fast once it has
             compiled, half a minute (``es``) to two minutes (``backprop``, ``pes``) the first time on a machine;

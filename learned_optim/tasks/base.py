@@ -290,6 +290,17 @@ def draw_seed(rng: torch.Generator) -> int:
 
 
 @contextmanager
+def one_thread() -> Iterator[None]:
+    """Runs the body with torch on one thread: sums over several depend on their number, and times on the machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
 def forked_global_rng(seed: int) -> Iterator[None]:
     """Runs the body under torch's global random state seeded with ``seed``, and puts the old state back after it."""
     # Seeding CUDA where nobody uses it yet would be remembered and reseed it later.

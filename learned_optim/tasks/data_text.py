@@ -43,9 +43,9 @@ _WORD = re.compile(r"[A-Za-z]+|\d|[^\sA-Za-z\d]")
 def text(split: str) -> str:
     """The whole text of ``"train"`` or ``"validation"``: printable ASCII and newlines, without indentation."""
     if split == "train":
-        pieces = [*_manual(), *(source for name in TRAIN_MODULES for source in _source(name))]
+        pieces = [*_manual(), *(source for name in TRAIN_MODULES for source in module_source(name))]
     elif split == "validation":
-        pieces = [doc for name in VALIDATION_MODULES for source in _source(name) for doc in _docstrings(source)]
+        pieces = [doc for name in VALIDATION_MODULES for source in module_source(name) for doc in _docstrings(source)]
     else:
         raise ValueError(f"split must be 'train' or 'validation', got {split!r}")
     joined = re.sub(r"[^\n -~]", "", "\n".join(pieces))
@@ -113,7 +113,7 @@ def _manual() -> list[str]:
     return list(topics.topics.values())
 
 
-def _source(name: str) -> list[str]:
+def module_source(name: str) -> list[str]:
     """The source of a module without importing it: a list of one, or empty where there is none."""
     spec = importlib.util.find_spec(name)
     if spec is None or spec.origin is None or not spec.origin.endswith(".py"):

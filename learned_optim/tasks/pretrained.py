@@ -11,8 +11,8 @@ import sys
 import tempfile
 import warnings
 import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from .base import Task, Tensors
+from .base import Task, Tensors, one_thread
 
 _CHECKSUM = "checksum"
 
@@ -79,7 +79,7 @@ def cache_folder() -> Path:
 
 
 def _train(task: Task, recipe: Recipe) -> Tensors:
-    with _one_thread(), torch.enable_grad():
+    with one_thread(), torch.enable_grad():
         params, buffers = task.init(torch.Generator().manual_seed(recipe.seed))
         leaves = [p.requires_grad_() for p in params.values()]
         optimizer = torch.optim.AdamW(leaves, lr=recipe.lr, foreach=True)
@@ -95,17 +95,6 @@ def _train(task: Task, recipe: Recipe) -> Tensors:
     if not all(bool(t.isfinite().all()) for t in state.values()):
         raise RuntimeError(f"pre-training of {recipe.name!r} diverged at lr {recipe.lr}; lower the recipe's lr")
     return state
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Sums over several threads would depend on their number."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _key(recipe: Recipe) -> str:

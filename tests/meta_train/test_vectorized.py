@@ -11,7 +11,7 @@ import torch
 
 from helpers.small_tasks import Quadratic, regression
 from helpers.support import POLICIES, random_policy
-from learned_optim import PolicyConfig
+from learned_optim import LearnedOptimizer, PolicyConfig
 from learned_optim.meta_train import MetaTrainConfig
 from learned_optim.meta_train.estimators import ES, run_plan, shifted, with_weights
 from learned_optim.meta_train.problem import Problem
@@ -22,6 +22,7 @@ from learned_optim.meta_train.vectorized import UnequalBatches, run_vectorized
 from learned_optim.rule.types import Hyperparameters
 from learned_optim.tasks import FAMILIES
 from learned_optim.tasks.recipe import SCHEDULES, TrainingRecipe, draw_recipe
+from learned_optim.tasks.rollout import train
 
 STEPS = 6
 HYPER = Hyperparameters(1e-3, 0.9, 0.999, 1e-8, 0.01)
@@ -145,6 +146,17 @@ def test_schedules_stay_within_0_and_1_and_only_some_end_at_nothing():
         assert (factors[0] < 0.02) == name.startswith("warmup")
     drawn = {draw_recipe(random.Random(seed)) for seed in range(200)}
     assert {recipe.schedule for recipe in drawn} == set(SCHEDULES)
+
+
+@pytest.mark.parametrize("name", ["vae_images", "sine_regression", "contrastive_tables", "forecasting", "pure_noise"])
+def test_held_out_data_may_be_drawn_at_their_first_use(name):
+    policy, task = random_policy(std=0.05), FAMILIES[name].task(0)
+    plan = plan_of(task, policy, 2)
+    _, held_out = run_vectorized(policy.config, stacked([policy]), plan, 2, evaluate_at=[1, 2])
+    curve = train(
+        task, plan.seed, lambda params: LearnedOptimizer(params, policy=policy, backend="eager"), 2, evaluate_at=[1, 2]
+    )
+    torch.testing.assert_close(held_out[0].tolist(), list(curve.held_out_along), rtol=1e-3, atol=1e-5)
 
 
 def test_held_out_losses_of_a_task_without_such_data_are_none():

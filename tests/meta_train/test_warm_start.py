@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch
 from helpers.small_tasks import Quadratic
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 from learned_optim.meta_train.problem import FromInit, Problem
+from learned_optim.meta_train.trajectories import Plan
 from learned_optim.meta_train.unroll import unroll
+from learned_optim.meta_train.vectorized import run_vectorized
 from learned_optim.rule.types import Hyperparameters
 from learned_optim.tasks.rollout import train
 from learned_optim.tasks.warm import WarmStart, begin_warm
@@ -27,18 +30,24 @@ class Warm(Quadratic):
         self.warm_start = WarmStart({"w": torch.tensor([1.0, 4.0, 0.25, 9.0], dtype=torch.float64)}, 50)
 
 
-def policy() -> Policy:
-    config = PolicyConfig(betas=(HYPER.beta1, HYPER.beta2), eps=HYPER.eps)  # pyright: ignore[reportArgumentType]
-    return Policy(config)
+def policy(age_rate: float = 0.0) -> Policy:
+    betas: Any = (HYPER.beta1, HYPER.beta2)
+    eps: Any = HYPER.eps
+    return Policy(PolicyConfig(betas=betas, eps=eps, age_rate=age_rate))
 
 
-def optimizer(params: list[torch.Tensor]) -> LearnedOptimizer:
-    return LearnedOptimizer(params, lr=0.01, weight_decay=0.0, policy=policy(), backend="eager")
+def optimizer(params: list[torch.Tensor], age_rate: float = 0.0) -> LearnedOptimizer:
+    return LearnedOptimizer(params, lr=0.01, weight_decay=0.0, policy=policy(age_rate), backend="eager")
 
 
-def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer() -> None:
-    task, rule, steps = Warm(), policy(), 6
-    losses = train(task, 5, optimizer, steps + 1).losses
+@pytest.mark.parametrize("age_rate", [0.0, 1.0])  # of a policy that forgets nothing: the age is the number of steps
+def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer(age_rate: float) -> None:
+    task, rule, steps = Warm(), policy(age_rate), 6
+    losses = train(task, 5, partial(optimizer, age_rate=age_rate), steps + 1).losses
+    torch.testing.assert_close(losses, train(task, 5, optimizer, steps + 1).losses)
+    weights = {name: w.detach().unsqueeze(0) for name, w in rule.weights().items()}
+    vectorized, _ = run_vectorized(rule.config, weights, Plan("warm", task, 5, steps + 1, HYPER), steps + 1)
+    torch.testing.assert_close(vectorized[0].tolist(), losses)
     problem = Problem(task, 5)
     batches = [batch for batch, _ in zip(problem.batches(), range(steps + 1), strict=False)]
     state, along = unroll(rule.weights(), rule.config, problem, problem.start(rule.config), batches, HYPER)

@@ -351,6 +351,16 @@ def test_a_checkpoint_of_another_policy_is_refused_and_both_are_named():
     assert_unchanged(optimizer, before)
 
 
+def test_flat_pieces_of_classic_fsdp_keep_their_age():
+    params = leaves((6,), (5,))
+    optimizer = make(params)
+    run(optimizer, params, 3)
+    params[0]._fsdp_flattened = True
+    piece, whole = optimizer.state_dict()["state"].values()
+    assert piece["cosine_fast"] == piece["log_pace"] == 0.0 != whole["cosine_fast"]
+    assert piece["age"] == piece["step"] == 3.0
+
+
 def test_the_same_weights_from_another_place_are_the_same_policy(tmp_path):
     state = saved(policy="random")
     POLICIES["random"].save_pretrained(tmp_path / "copy")

@@ -104,3 +104,10 @@ def test_held_out_windows_come_after_those_trained_on():
     assert len(held_out) == 512
     assert len(neighbours(trained)) > 1000
     assert not neighbours(trained) & neighbours(held_out)
+
+
+@pytest.mark.parametrize("seed", [278, 385])
+def test_short_panels_with_long_windows_have_held_out_ones(seed):
+    task = FAMILIES["forecasting"].task(seed)
+    assert task.eval_loss is not None
+    assert bool(task.eval_loss(*task.init(seeded(0))).isfinite())

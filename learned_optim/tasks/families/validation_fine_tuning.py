@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ..base import Batch, ModuleTask, Task, TaskFamily
 from ..data_images import preprocess
 from ..data_optional import LETTERS, SIGNS, letters, photo_patches
-from ..data_text import CHARACTERS, VALIDATION_MODULES, _source, characters, windows
+from ..data_text import CHARACTERS, VALIDATION_MODULES, characters, module_source, windows
 from ..objectives import classification, next_token
 from ..pretrained import Recipe, pretrained_state
 from ..sampling import Data, choice, dataset_batches, dataset_task, integer, log_int, spawn, uniform
@@ -189,7 +189,7 @@ def text_recipe(width: int, depth: int) -> Recipe:
 def code(module: str) -> str:
     """The code of a module as ``ast`` writes it, without its documentation strings; "" if this Python has no such."""
     pieces = []
-    for source in _source(module):
+    for source in module_source(module):
         tree = ast.parse(source)
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):

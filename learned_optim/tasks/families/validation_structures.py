@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import ModuleTask, Task, TaskFamily
 from ..data_optional import standardise
-from ..data_text import VALIDATION_MODULES, _source
+from ..data_text import VALIDATION_MODULES, module_source
 from ..sampling import Data, chance, choice, dataset_batches, dataset_task, integer, log_int, spawn, split, uniform
 
 NAMES = tuple(f"v{i}" for i in range(12))
@@ -99,7 +99,7 @@ def pair(node: ast.expr) -> Pair | None:
 def library_pairs() -> tuple[Pair, ...]:
     """The different expressions of ``VALIDATION_MODULES``, whatever their names and constants are."""
     pairs: dict[Pair, None] = {}
-    for tree in (ast.parse(source) for name in VALIDATION_MODULES for source in _source(name)):
+    for tree in (ast.parse(source) for name in VALIDATION_MODULES for source in module_source(name)):
         nodes = [node for node in ast.walk(tree) if isinstance(node, ast.expr)]
         for node in nodes:
             if isinstance(node, ast.Constant):
