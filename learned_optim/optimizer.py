@@ -301,9 +301,9 @@ class LearnedOptimizer(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state, as :meth:`torch.optim.Optimizer.state_dict` returns it.
 
-        Where classic FSDP has flattened the parameters, the averages of the cosine, the pace and the trust are saved
-        as 0 and the age as the step count, and go on from there in a run that is resumed: every process has another
-        one for its piece, which FSDP refuses to save. State of parameters that are in no group any more is left out: nobody could load it.
+        Of parameters that classic FSDP has flattened, the averages of the cosine, the pace and the trust are saved as
+        0 and the age as the step count: every process has another one for its piece, which FSDP refuses to save.
+        State of parameters that are in no group any more is left out: nobody could load it.
         """
         params = [p for group in self.param_groups for p in group["params"]]
         everything, ids = self.state, {id(p) for p in params}

@@ -59,7 +59,8 @@ class MetaTrainConfig:
             log(loss / loss at the beginning), which weighs tasks of unlike loss scales alike. ``es`` and
             ``guided`` compare whole trajectories by their log-speedup instead.
         held_out_share: part of the meta-loss, or of the comparison (``es``, ``guided``), that is made on held-out data
-            where a task has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a half each.
+            where a task has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a
+            half each.
         max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own.
         curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
         inner_lr: learning rate of the inner steps.
@@ -82,7 +83,8 @@ class MetaTrainConfig:
         patience: validations without improvement before the run ends early; 0 never.
         save_every: outer steps between checkpoints.
         keep_going: a task that raises is left out, named and counted, instead of ending the run.
-        device: where several pairs are vectorized, ``cpu`` or ``cuda`` (``es``, ``guided``). Validation stays on the CPU.
+        device: where several pairs are vectorized, ``cpu`` or ``cuda`` (``es``, ``guided``). Validation stays on the
+            CPU.
         threads: of torch in each process; small networks are fastest with 1.
         backend: how the update rule is run. ``compiled`` makes inner steps about three times as fast once it has
             compiled, half a minute (``es``) to two minutes (``backprop``, ``pes``) the first time on a machine;

@@ -88,6 +88,7 @@ def _bits(x: Tensor) -> Tensor:
     return x.view(torch.int64 if x.dtype == torch.float64 else torch.int32)
 
 
+@torch.compiler.assume_constant_result  # torch 2.6 cannot trace it
 def _bits_of(value: float, dtype: torch.dtype) -> int:
     code = ("<d", "<q") if dtype == torch.float64 else ("<f", "<i")
     return struct.unpack(code[1], struct.pack(code[0], value))[0]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from helpers.bench_tasks import Cliff, Line, normed
@@ -33,7 +34,8 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> QualityResult:
 
 def test_everything_is_measured_on_every_task_and_seed(measured: QualityResult) -> None:
     names = [c.name for c in measured.contenders]
-    assert {"learned: default", "learned: default, lr tuned", REFERENCE, FIXED, "Muon, tuned"} <= set(names)
+    assert {"learned: default", "learned: default, lr tuned", REFERENCE, FIXED} <= set(names)
+    assert ("Muon, tuned" in names) == hasattr(torch.optim, "Muon")  # since torch 2.9
     assert "schedule-free AdamW, tuned" in names
     assert {"SGD with momentum, tuned", "SOAP, tuned"} <= set(names)
     for task in measured.tasks:

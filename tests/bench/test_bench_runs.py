@@ -72,8 +72,9 @@ def test_muon_takes_hidden_matrices_only() -> None:
     assert hidden_matrices(named(conv=(4, 3, 3, 3), a=(4, 4), b=(4, 4))) == ["a"]
     assert hidden_matrices(named(bias=(4,))) == []
     params = {k: v.requires_grad_() for k, v in named(a=(4, 4), b=(4, 4), c=(4,)).items()}
-    driver = Driver(grid("muon")[0], params, 10, None)
-    assert [type(o).__name__ for o in driver.optimizers] == ["AdamW", "Muon"]
+    if hasattr(torch.optim, "Muon"):  # since torch 2.9
+        driver = Driver(grid("muon")[0], params, 10, None)
+        assert [type(o).__name__ for o in driver.optimizers] == ["AdamW", "Muon"]
 
 
 def test_soap_steps_along_the_eigenbasis_of_its_preconditioner() -> None:

@@ -26,6 +26,11 @@ def _fresh_dynamo():
     torch._dynamo.reset()
 
 
+# Torch 2.6 takes the function out of a bound method that is disabled, and calls it without the optimizer.
+of_a_method = pytest.mark.skipif(torch.__version__.startswith("2.6."), reason="torch 2.6: compile a function around it")
+
+
+@of_a_method
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_compiled_step_method_gives_the_same_bits(policy):
     assert_same_compiled(lambda optimizer: torch.compile(optimizer.step), policy)
@@ -42,6 +47,7 @@ def test_a_compiled_function_around_a_step_gives_the_same_bits(options):
     assert_same_compiled(compile_step)
 
 
+@of_a_method
 def test_a_compiled_step_with_options_of_the_optimizer():
     assert_same_compiled(lambda o: torch.compile(o.step), maximize=True, state_dtype=torch.bfloat16, steps=4)
 

@@ -35,6 +35,7 @@ SCHEDULERS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch 2.6, of its own SequentialLR
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_it_trains_under_every_scheduler(policy, name):
