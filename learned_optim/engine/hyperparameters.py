@@ -49,6 +49,21 @@ def of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Hyperparameters]:
     return found
 
 
+def check_new_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Check a group that is about to be added.
+
+    Raises:
+        TypeError, ValueError: those of :func:`hyperparameters`; or the group asks for a policy of its own, whose name
+            would only end up in checkpoints, which could not be loaded then.
+    """
+    hyperparameters({**defaults, **group})
+    if (policy := group.get("policy", defaults["policy"])) != defaults["policy"]:
+        raise ValueError(
+            f"a parameter group asks for policy {policy!r}, the optimizer runs {defaults['policy']!r}, the same for all "
+            "groups: leave 'policy' out of the group, or make an optimizer for each policy"
+        )
+
+
 def _looked_at_closely(group: Mapping[str, Any]) -> Hyperparameters:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:

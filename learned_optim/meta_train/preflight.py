@@ -68,10 +68,14 @@ def check_tasks(
     With ``config.keep_going`` families to train on are not tried: others of their tasks may be sound.
 
     Raises:
-        TypeError, ValueError: an unsound task, or one that cannot be vectorized; named, with what to do.
+        TypeError, ValueError: no task, two of one name, an unsound one, or one that cannot be vectorized; named, with
+            what to do.
         ImportError: a module that a task needs is not installed.
     """
     vectorized = config.pairs > 1 or config.device != "cpu"
+    _check_names("train", training)
+    if config.validate_every:
+        _check_names("validate", validation)
     tried = [family for family in training if not (config.keep_going and isinstance(family, TaskFamily))]
     for family in {id(family): family for family in (*tried, *validation)}.values():
         if isinstance(family, TaskFamily) and FAMILIES.get(family.name) is family:
@@ -81,6 +85,18 @@ def check_tasks(
         _try(family.name, lambda task=task: check_task(task))
         if vectorized and any(family is other for other in tried):
             check_vectorized(config, task, policy)
+
+
+def _check_names(what: str, families: Sequence[Task | TaskFamily]) -> None:
+    """Metrics, outcomes and gradients' sizes are kept by name: of two tasks of one name, one would not count."""
+    if not families:
+        raise ValueError(f"there is no task to {what} on: give at least one")
+    by_name: dict[str, Task | TaskFamily] = {}
+    for family in families:
+        if not isinstance(name := getattr(family, "name", None), str):
+            raise TypeError(f"expected tasks or families to {what} on, found {type(family).__name__} {family!r:.80}")
+        if by_name.setdefault(name, family) is not family:
+            raise ValueError(f"two tasks to {what} on are called {name!r}: give each a name of its own")
 
 
 def check_vectorized(config: MetaTrainConfig, task: Task, policy: Policy) -> None:
