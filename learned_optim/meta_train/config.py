@@ -140,6 +140,12 @@ class MetaTrainConfig:
                 require(getattr(self, name) in get_args(hint), name, f"one of {get_args(hint)}")
             elif hint is float:
                 require(math.isfinite(getattr(self, name)), name, "a finite number")
+            elif hint is int:
+                require(type(getattr(self, name)) is int, name, "a whole number")
+            elif hint is bool:
+                require(isinstance(getattr(self, name), bool), name, "True or False")
+            elif get_origin(hint) is tuple:
+                require(not isinstance(getattr(self, name), str), name, "a tuple of names, not one name")
         require(all(part in get_args(Part) for part in self.parts), "parts", f"names out of {get_args(Part)}")
         for name in (
             "outer_steps",

@@ -68,8 +68,18 @@ def test_the_weaknesses_of_the_bundled_rules_show() -> None:
         habits.good_start(c, Lengths(good_start=60), [0])["lr 0.001"][0] for c in (bundled("default"), ADAMW)
     )
     assert leaving > 10.0 * staying
-    after = habits.changes(bundled("default"), Lengths(target=60, window=30), [0])
-    assert after["mean"][0] > 1.1 * after["made anew, mean"][0]
+
+
+def test_without_its_age_the_bundled_rule_adapts_worse_after_changes_than_one_made_anew() -> None:
+    with_age = Policy.from_pretrained("default")
+    without = Policy(dataclasses.replace(with_age.config, age_rate=0.0))
+    without.load_state_dict({name: w for name, w in with_age.state_dict().items() if name != "age"})
+    kept, anew = {}, {}
+    for name, policy in (("with", with_age), ("without", without)):
+        after = habits.changes(Contender(name, policy=policy, backend="eager"), Lengths(target=60, window=30), [0])
+        kept[name], anew[name] = after["mean"][0], after["made anew, mean"][0]
+    assert kept["without"] > 1.2 * anew["without"]
+    assert kept["with"] < 1.1 * anew["with"]
 
 
 def test_the_best_learning_rate_is_that_with_the_lowest_figure() -> None:

@@ -15,7 +15,7 @@ from learned_optim import Policy
 from learned_optim.bench.baselines import Setting
 from learned_optim.bench.runs import RunSpec
 from learned_optim.bench.runs import train as bench_train
-from learned_optim.meta_train import meta_train, preflight
+from learned_optim.meta_train import MetaTrainConfig, meta_train, preflight
 from learned_optim.tasks import ModuleTask, TaskFamily, get_families
 from learned_optim.tasks.augment import AccumulatedGradients
 from learned_optim.tasks.base import batches_of
@@ -64,6 +64,32 @@ def test_batches_from_a_number_on_are_those_that_are_left():
     whole = Quadratic().batches(torch.Generator().manual_seed(3))
     next(whole), next(whole)
     assert all(torch.equal(next(rest), next(whole)) for _ in range(3))
+
+
+def test_two_tasks_of_one_name_are_refused_since_one_would_not_count(tmp_path):
+    one, other = regression(name="mine"), regression(name="mine")
+    for tasks, validation in (([one, other], [one]), ([one], [one, other])):
+        with pytest.raises(ValueError, match="are called 'mine': give each a name of its own"):
+            meta_train(settings(), tasks=tasks, validation=validation, out=tmp_path / "run", show_progress=False)
+    assert not (tmp_path / "run").exists()
+    meta_train(settings(validate_every=1, outer_steps=1), tasks=[one, one], show_progress=False)  # weighs twice
+
+
+def test_what_is_no_task_is_refused():
+    with pytest.raises(ValueError, match="no task to train on"):
+        meta_train(settings(), tasks=[], show_progress=False)
+    with pytest.raises(ValueError, match="no task to validate on"):
+        meta_train(settings(validate_every=1), tasks=[regression()], validation=[], show_progress=False)
+    with pytest.raises(TypeError, match="train on, found str 'tiny_mlp'"):
+        meta_train(settings(), tasks=["tiny_mlp"], show_progress=False)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("wrong", [
+    {"outer_steps": 2.5}, {"meta_batch": True}, {"seed": "a"}, {"second_order": "no"}, {"tasks": "train"},
+])  # fmt: skip
+def test_settings_of_another_type_are_refused(wrong):
+    with pytest.raises(ValueError, match=f"MetaTrainConfig.{next(iter(wrong))} must be"):
+        MetaTrainConfig(**wrong)
 
 
 class Branching(nn.Module):

@@ -281,6 +281,19 @@ def test_parameters_may_come_from_a_generator_or_a_set_ordered_by_dict():
     assert make(dict.fromkeys(params)).param_groups[0]["params"] == params
 
 
+def test_a_group_cannot_have_a_policy_of_its_own():
+    """Its name used to end up in checkpoints alone, which could not be loaded then."""
+    p, q = leaves((3,), (2,))
+    optimizer = make([p])
+    with pytest.raises(ValueError, match="policy 'elementwise'.*the same for all groups"):
+        optimizer.add_param_group({"params": [q], "policy": "elementwise"})
+    assert len(optimizer.param_groups) == 1
+    with pytest.raises(ValueError, match="the same for all groups"):
+        LearnedOptimizer(LearnedOptimizer([p]).param_groups, policy="elementwise")
+    again = LearnedOptimizer(LearnedOptimizer([p]).param_groups)
+    again.load_state_dict(again.state_dict())
+
+
 def test_it_leaves_no_cyclic_references():
     import gc
 
