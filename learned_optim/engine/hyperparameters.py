@@ -59,8 +59,8 @@ def check_new_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> No
     hyperparameters({**defaults, **group})
     if (policy := group.get("policy", defaults["policy"])) != defaults["policy"]:
         raise ValueError(
-            f"a parameter group asks for policy {policy!r}, the optimizer runs {defaults['policy']!r}, the same for all "
-            "groups: leave 'policy' out of the group, or make an optimizer for each policy"
+            f"a parameter group asks for policy {policy!r}, the optimizer runs {defaults['policy']!r}, the same for "
+            "all groups: leave 'policy' out of the group, or make an optimizer for each policy"
         )
 
 

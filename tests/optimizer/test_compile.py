@@ -52,6 +52,7 @@ def test_a_compiled_step_with_options_of_the_optimizer():
     assert_same_compiled(lambda o: torch.compile(o.step), maximize=True, state_dtype=torch.bfloat16, steps=4)
 
 
+@of_a_method
 def test_a_tensor_lr_works_under_compilation():
     params = leaves((4, 3))
     others = copies(params)
@@ -89,6 +90,7 @@ def test_a_compiled_training_step_gives_the_same_bits():
     assert_same_bits(params, expected)
 
 
+@of_a_method
 def test_many_learning_rates_do_not_recompile():
     (p,) = leaves((4, 3))
     optimizer = make([p], lr=0.1)
@@ -125,6 +127,7 @@ def test_a_closure_that_runs_a_compiled_model_keeps_it_compiled():
     assert len(graphs) == 1
 
 
+@of_a_method
 def test_a_compiled_step_returns_what_the_closure_returned():
     (p,) = leaves((3,))
     optimizer = make([p])

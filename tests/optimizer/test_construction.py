@@ -285,7 +285,7 @@ def test_a_group_cannot_have_a_policy_of_its_own():
     """Its name used to end up in checkpoints alone, which could not be loaded then."""
     p, q = leaves((3,), (2,))
     optimizer = make([p])
-    with pytest.raises(ValueError, match="policy 'elementwise'.*the same for all groups"):
+    with pytest.raises(ValueError, match=r"policy 'elementwise'.*the same for all groups"):
         optimizer.add_param_group({"params": [q], "policy": "elementwise"})
     assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="the same for all groups"):

@@ -9,6 +9,9 @@ from torch.optim.swa_utils import SWALR, AveragedModel
 
 from helpers.support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make, regression, train
 
+# Torch 2.6 warns of what its own SequentialLR does.
+pytestmark = pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")
+
 SCHEDULERS = {
     "LambdaLR": lambda o: lrs.LambdaLR(o, lambda t: 0.95**t),
     "MultiplicativeLR": lambda o: lrs.MultiplicativeLR(o, lambda t: 0.95),
@@ -35,7 +38,6 @@ SCHEDULERS = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:The epoch parameter in:UserWarning")  # torch 2.6, of its own SequentialLR
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_it_trains_under_every_scheduler(policy, name):
