@@ -197,7 +197,7 @@ def test_a_loop_that_leaves_out_gradients_that_are_not_finite_trains_on(skip):
 @pytest.mark.parametrize("estimator", ["es", "backprop", "pes"])
 def test_a_nan_in_an_inner_step_is_dropped_from_the_meta_gradient_and_counted(estimator, tmp_path):
     class Spoiled(Quadratic):
-        calls = 0
+        name, calls = "spoiled", 0
 
         def loss(self, params, buffers, batch):
             self.calls += 1
