@@ -93,6 +93,9 @@ def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
     bar = _Bar()
     try:
         result = run_quality(config, policies=policies, progress=bar)
+    except KeyboardInterrupt:
+        print("interrupted: finished runs are kept, and the same command goes on from there", file=sys.stderr)
+        raise
     finally:
         bar.close()
     text = markdown(result, looks=len(read_looks(config.cache_folder())))

@@ -89,6 +89,17 @@ def test_a_process_ends_with_the_status_and_without_a_traceback() -> None:
     assert done.stderr.count("\n") == 1
 
 
+def test_an_interrupted_bench_says_that_it_can_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("learned_optim.bench.quality.run_quality", interrupted)
+    assert main(["bench", "--suite", "quality", "--quick", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == ("interrupted: finished runs are kept, and the same command goes on from there\n")
+
+
 def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
