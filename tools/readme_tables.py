@@ -354,6 +354,7 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "bytes": _bytes(4), "bytes_bfloat16": _bytes(2), "bytes_elementwise": _bytes(4, "elementwise_config"),
     "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
     "muon_lower": _muon_lower, "good_start": zoo_tables.good_start,
+    "users_steps": zoo_tables.users_steps, "users_time": zoo_tables.users_time,
 }  # fmt: skip
 
 

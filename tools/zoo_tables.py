@@ -78,6 +78,16 @@ def users(results: Results) -> Table:
     return table
 
 
+def users_steps(results: Results) -> str:
+    """Speedup in steps on the validation families like users' work, geometric mean."""
+    return f"{_contenders(results['users'])['learned: default']['summary']['speedup']:.1f}"
+
+
+def users_time(results: Results) -> str:
+    """The same in time."""
+    return f"{_contenders(results['users'])['learned: default']['summary']['time_speedup']:.1f}"
+
+
 def rivals(results: Results) -> Table:
     """All optimizers on the same tasks, in summary, over AdamW tuned per task."""
     table = {}
