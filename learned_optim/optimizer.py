@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from learned_optim.diagnostics import figures_by_parameter
 from learned_optim.engine.auto import make_backend
 from learned_optim.engine.collect import Collector, StateKeys
-from learned_optim.engine.hyperparameters import check_new_group, hyperparameters
+from learned_optim.engine.hyperparameters import checked_new_group, hyperparameters
 from learned_optim.engine.sharding import find_shards
 from learned_optim.engine.state_checks import STATE_DTYPES
 from learned_optim.engine.step import StepReport, run_step
@@ -234,7 +234,7 @@ class LearnedOptimizer(Optimizer):
             for name in ("betas", "eps"):
                 if name in param_group and param_group[name] is None:
                     param_group = {**param_group, name: self.defaults[name]}
-            check_new_group(param_group, self.defaults)
+            param_group = checked_new_group(param_group, self.defaults)
         super().add_param_group(param_group)
 
     @torch.compiler.disable  # the rule's scalars change with every step: traced, they would be frozen into the graph

@@ -49,19 +49,30 @@ def of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Hyperparameters]:
     return found
 
 
-def check_new_group(group: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
-    """Check a group that is about to be added.
+def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """A group as it is added: a policy that it names is the optimizer's, in the optimizer's words.
+
+    ``ZeroRedundancyOptimizer`` writes all arguments of the constructor into the groups, the policy as it was given.
 
     Raises:
         TypeError, ValueError: those of :func:`hyperparameters`; or the group asks for a policy of its own, whose name
             would only end up in checkpoints, which could not be loaded then.
     """
     hyperparameters({**defaults, **group})
-    if (policy := group.get("policy", defaults["policy"])) != defaults["policy"]:
+    if "policy" not in group:
+        return group
+    asked, ours = group["policy"], defaults["policy"]
+    fingerprint, _, source = ours.partition(" ")
+    if hasattr(asked, "fingerprint"):
+        same = asked.fingerprint() == fingerprint
+    else:
+        same = asked == ours or source.endswith((f"({asked})", f":{asked})", f"/{asked})"))
+    if not same:
         raise ValueError(
-            f"a parameter group asks for policy {policy!r}, the optimizer runs {defaults['policy']!r}, the same for "
+            f"a parameter group asks for policy {asked!r}, the optimizer runs {ours!r}, the same for "
             "all groups: leave 'policy' out of the group, or make an optimizer for each policy"
         )
+    return {**group, "policy": ours}
 
 
 def _looked_at_closely(group: Mapping[str, Any]) -> Hyperparameters:

@@ -322,3 +322,17 @@ def test_constructing_leaves_the_random_state_alone():
 def test_warnings_are_errors_here():
     with pytest.raises(UserWarning, match="loud"):
         warnings.warn("loud", stacklevel=1)
+
+
+@pytest.mark.parametrize("kind", ["name", "policy", "folder", "own words"])
+def test_a_group_may_name_the_policy_that_the_optimizer_runs(kind, tmp_path):
+    """As ``ZeroRedundancyOptimizer`` does; the group then holds what checkpoints hold."""
+    Policy.from_pretrained("elementwise").save_pretrained(tmp_path / "mine")
+    given = str(tmp_path / "mine") if kind == "folder" else "elementwise"
+    optimizer = LearnedOptimizer(leaves((3,)), policy=given)
+    ours = optimizer.defaults["policy"]
+    asked = {"policy": optimizer.policy, "own words": ours}.get(kind, given)
+    optimizer.add_param_group({"params": leaves((2,)), "policy": asked})
+    assert [group["policy"] for group in optimizer.param_groups] == [ours, ours]
+    with pytest.raises(ValueError, match="asks for policy 'reader'"):
+        optimizer.add_param_group({"params": leaves((2,)), "policy": "reader"})
