@@ -10,14 +10,13 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from learned_optim import LearnedOptimizer
 from learned_optim.tasks import get_families
-from learned_optim.tasks.recipe import cosine
+from learned_optim.tasks.recipe import Schedule, constant, cosine, decay
 from learned_optim.tasks.rollout import smoothed, train
 
 FAMILIES = {
@@ -26,11 +25,11 @@ FAMILIES = {
     "val_recurrent_char": "characters",
 }
 STEPS, SEEDS = 300, (0, 1, 2)
-SCHEDULES: dict[str, Callable[[float], float] | None] = {
-    "constant": None,
+SCHEDULES: dict[str, Schedule] = {
+    "constant": constant,
     "warm-up, a tenth": lambda done: min(1.0, 10.0 * done + 1e-3),
     "cosine": cosine,
-    "decay in the last fifth": lambda done: min(1.0, 5.0 * (1.0 - done)),
+    "decay in the last fifth": decay,
 }
 
 

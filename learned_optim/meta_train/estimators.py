@@ -206,7 +206,11 @@ class ES:
     def estimate(
         self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int, init: Tensor | None = None
     ) -> Estimate:
-        plan, config = self.source.draw(slot, outer_step), self.config
+        return self.compare_runs(policy, learned, self.source.draw(slot, outer_step), slot, outer_step)
+
+    def compare_runs(self, policy: Policy, learned: Sequence[str], plan: Plan, slot: int, outer_step: int) -> Estimate:
+        """The estimate on a trajectory that has been drawn."""
+        config = self.config
         noises = [self.perturbation(policy, learned, slot, outer_step, *([i] * (i > 0))) for i in range(config.pairs)]
         steps = plan.length + (self.meta_loss is not None)
         if config.pairs == 1 and config.device == "cpu":

@@ -58,8 +58,9 @@ class GuidedES(ES):
     def estimate(
         self, policy: Policy, learned: Sequence[str], slot: int, outer_step: int, init: Tensor | None = None
     ) -> Estimate:
-        estimate = super().estimate(policy, learned, slot, outer_step, init)
-        guide, steps = self.guide(policy, learned, self.source.draw(slot, outer_step), slot, outer_step)
+        plan = self.source.draw(slot, outer_step)  # once for both: its task keeps the data that it has made
+        estimate = self.compare_runs(policy, learned, plan, slot, outer_step)
+        guide, steps = self.guide(policy, learned, plan, slot, outer_step)
         return estimate._replace(guide=guide, inner_steps=estimate.inner_steps + steps)
 
     def perturbation(self, policy: Policy, learned: Sequence[str], *counters: int) -> Weights:

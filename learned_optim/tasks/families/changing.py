@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..base import LossFn, ModuleTask, Task, TaskFamily
 from ..data_images import IMAGE_SOURCES, preprocess
-from ..nets import initialise, mlp, random_style
+from ..nets import Style, initialise, mlp, random_style
 from ..objectives import classification, regression
 from ..sampling import Data, chance, choice, integer, log_int, run_length, spawn, split, uniform
 from .vision import hidden_widths, mlp_work
@@ -49,20 +49,23 @@ def start_steps(rng: torch.Generator, concepts: int, length: int) -> list[int]:
 
 def changing_task(
     rng: torch.Generator,
-    make_network: Callable[[], nn.Module],
+    widths: Sequence[int],
+    style: Style,
     source: Source,
     concept: Concept,
     concepts: int,
-    objective: LossFn,
     *,
+    classes: bool,
     batch_size: int,
     length: int,
 ) -> ModuleTask:
-    """A run through ``concepts`` concepts in order, which change at steps that the seed of the batches determines.
+    """A perceptron's run through ``concepts`` concepts in order, which change when the seed of the batches says.
 
-    Batches are ``(inputs, targets, number of the concept)``. The held-out loss is that of the concept of the last
-    batch, after a whole run the last one of all.
+    With ``classes``, targets are labels. Batches are ``(inputs, targets, number of the concept)``. The held-out loss is
+    that of the concept of the last batch, after a whole run the last one of all.
     """
+
+    objective: LossFn = classification if classes else regression
 
     def batches(batch_rng: torch.Generator) -> Iterator[tuple[Tensor, ...]]:
         starts = start_steps(batch_rng, concepts, length)
@@ -83,7 +86,9 @@ def changing_task(
         parts = [concept(k, source(make_rng(), 512 if concepts < 10 else 256, True)) for k in range(concepts)]
         return tuple(torch.stack(tensors) for tensors in zip(*parts, strict=True))
 
-    return ModuleTask(lambda: Changing(make_network()), batches, loss, length=length, eval_batch=held_out)
+    return ModuleTask(
+        lambda: Changing(initialise(mlp(widths, style), style)), batches, loss, length=length, eval_batch=held_out
+    )
 
 
 def gaussian_source(inputs: int, outputs: int) -> Source:
@@ -177,14 +182,7 @@ def switching_targets(rng: torch.Generator) -> Task:
             classes,
         )
     return changing_task(
-        rng,
-        lambda: initialise(mlp(widths, style), style),
-        source,
-        concept,
-        concepts,
-        classification if classes else regression,
-        batch_size=batch_size,
-        length=length,
+        rng, widths, style, source, concept, concepts, classes=classes, batch_size=batch_size, length=length
     )
 
 
@@ -217,14 +215,7 @@ def drifting_targets(rng: torch.Generator) -> Task:
         outer = torch.randn(units, outputs, generator=data_rng) * math.sqrt(2 / units)
         concept = teacher_concept(lambda k: turned(inner, k), lambda k: outer, noise, classes)
     return changing_task(
-        rng,
-        lambda: initialise(mlp(widths, style), style),
-        source,
-        concept,
-        concepts,
-        classification if classes else regression,
-        batch_size=batch_size,
-        length=length,
+        rng, widths, style, source, concept, concepts, classes=classes, batch_size=batch_size, length=length
     )
 
 
