@@ -1,0 +1,150 @@
+"""From cells to figures: ours against each tuned rival, model by model."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from statistics import fmean
+
+from learned_optim.bench.curves import geometric_mean, spread
+from learned_optim.bench.scale.cells import Result, speedup, time_ratio
+from learned_optim.bench.scale.config import Model, Rival
+from learned_optim.bench.scale.plan import Tuned, tuned
+from learned_optim.bench.scale.rivals import Schedule, Setting, ours
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Runs:
+    """Runs of one setting on a model, by seed.
+
+    Args:
+        name: of the optimizer, for readers.
+        results: by seed; empty where they are missing.
+        tuning: of a rival.
+    """
+
+    name: str
+    results: tuple[Result, ...]
+    tuning: Tuned | None = None
+
+    @property
+    def loss(self) -> float | None:
+        """Final held-out loss, mean over the seeds; ``None`` where there is none."""
+        return fmean(r.final for r in self.results) if self.results else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Comparison:
+    """Ours against a rival.
+
+    Args:
+        steps: speedup in steps, geometric mean over the seeds that both have.
+        deviation: its standard deviation over the seeds; ``None`` for one seed.
+        iteration: time of an iteration over the rival's.
+        seeds: how many.
+    """
+
+    steps: float
+    deviation: float | None
+    iteration: float
+    seeds: int
+
+    @property
+    def time(self) -> float:
+        """Speedup in time."""
+        return self.steps / self.iteration
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class OfModel:
+    """What is known of a model.
+
+    Args:
+        model: which one.
+        device: that most of its cells were made on; cells of one device and one text are compared.
+        ours: by policy and schedule.
+        rivals: at their best settings so far.
+        others: ours at other learning rates than the default.
+    """
+
+    model: Model
+    device: str
+    ours: tuple[Runs, ...]
+    rivals: tuple[Runs, ...]
+    others: tuple[Runs, ...]
+
+    @property
+    def results(self) -> tuple[Result, ...]:
+        """Of the runs that are shown."""
+        return tuple(r for runs in (*self.ours, *self.rivals) for r in runs.results)
+
+
+_SCHEDULES: dict[Schedule, str] = {"constant": "constant lr", "decay": "with decay"}
+RIVALS: dict[Rival, str] = {"adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}
+
+
+def compare(ours: Runs, rival: Runs) -> Comparison | None:
+    """``None`` while runs are missing, or where the rival diverged."""
+    its = {r.cell.seed: r for r in rival.results}
+    pairs = [(r, its[r.cell.seed]) for r in ours.results if r.cell.seed in its]
+    values = [value for pair in pairs if (value := speedup(*pair)) is not None]
+    if not values:
+        return None
+    iteration = time_ratio([r for r, _ in pairs], [r for _, r in pairs])
+    return Comparison(geometric_mean(values), spread(values), iteration, len(values))
+
+
+def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequence[Rival]) -> list[OfModel]:
+    """Each model with what there is of it.
+
+    Of a model, the cells of that device and that text count that it has most of, and of a policy those of the
+    fingerprint that was measured last.
+
+    Args:
+        results: all cells.
+        models: in the order of the tables.
+        rivals: that are to be compared with.
+    """
+    rows = []
+    for model in models:
+        groups: dict[tuple[str, str], list[Result]] = {}
+        for result in results:
+            if result.cell.model == model:
+                groups.setdefault((result.cell.device, result.cell.data), []).append(result)
+        (device, data), own = max(groups.items(), key=lambda item: len(item[1]), default=(("", ""), []))
+        own = _latest(own)
+        same = [r for r in results if r.cell.device == device and r.cell.data in ("", data)]
+        of_rivals = []
+        for rival in rivals:
+            state = tuned(rival, models, same)[model.name]
+            best = [r for r in own if r.cell.setting == state.best]
+            of_rivals.append(Runs(RIVALS[rival], _by_seed(best), state))
+        mine = [r for r in own if r.cell.setting.optimizer == "learned"]
+        labels = sorted({r.cell.setting.policy for r in mine}) or ["default"]
+        settings = [setting for label in labels for setting in ours(label)]
+        others = sorted(
+            {r.cell.setting for r in mine} - set(settings), key=lambda s: (s.policy, s.schedule, s.exponent)
+        )
+        of_ours, of_others = (
+            tuple(Runs(_name(s), _by_seed([r for r in mine if r.cell.setting == s])) for s in some)
+            for some in (settings, others)
+        )
+        rows.append(OfModel(model, device, of_ours, tuple(of_rivals), of_others))
+    return rows
+
+
+def _name(setting: Setting) -> str:
+    rate = f", lr {setting.lr:g}" if setting.exponent else ""
+    return f"{setting.policy}, {_SCHEDULES[setting.schedule]}{rate}"
+
+
+def _by_seed(results: Sequence[Result]) -> tuple[Result, ...]:
+    return tuple(sorted(results, key=lambda r: r.cell.seed))
+
+
+def _latest(results: Sequence[Result]) -> list[Result]:
+    newest: dict[str, tuple[str, str]] = {}
+    for r in results:
+        label = r.cell.setting.policy
+        newest[label] = max(newest.get(label, ("", "")), (r.facts.get("date", ""), r.cell.policy))
+    return [r for r in results if r.cell.policy == newest[r.cell.setting.policy][1]]

@@ -1,0 +1,216 @@
+"""Cells of the scale suite: what speedup is, what identifies a run, and which is made next."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from helpers.scale_cells import SMALL, cell, result
+from learned_optim.bench.curves import FLOOR
+from learned_optim.bench.scale.cells import Cell, Result, read, read_all, speedup, store, time_ratio
+from learned_optim.bench.scale.config import MODELS, ScaleConfig
+from learned_optim.bench.scale.figures import by_model, compare
+from learned_optim.bench.scale.plan import Tuned, queue, tuned
+from learned_optim.bench.scale.report import losses, speedups
+from learned_optim.bench.scale.rivals import Setting, ours, tuning
+
+OURS, ADAMW = ours("default")[0], Setting("adamw", 2)
+
+
+def curve(values: np.ndarray) -> Result:
+    base = result(cell(OURS))
+    return dataclasses.replace(base, held_out=values)
+
+
+@pytest.mark.parametrize("quickness", [0.5, 0.8, 1.0, 1.25, 2.0, 4.0])
+def test_a_curve_that_is_so_many_times_quicker_has_about_that_speedup(quickness: float) -> None:
+    measured = speedup(result(cell(OURS), quickness), result(cell(ADAMW)))
+    # Smoothing reaches back over two evaluations out of forty, for both.
+    assert measured == pytest.approx(quickness, rel=0.12)
+    assert measured is not None
+    assert measured <= quickness * 1.001 or quickness < 1.0
+
+
+def test_equal_curves_have_speedup_one_and_better_ones_more() -> None:
+    rival, last = result(cell(ADAMW)), 1.0
+    assert speedup(rival, rival) == 1.0
+    for quickness in np.linspace(0.2, 3.0, 15):
+        value = speedup(result(cell(OURS), float(quickness)), rival)
+        assert value is not None
+        assert (value - 1.0) * (quickness - 1.0) >= 0.0
+        assert quickness <= 0.2 or value >= last
+        last = value
+
+
+def test_a_loss_that_is_low_once_by_chance_is_not_reached() -> None:
+    rival, values = result(cell(ADAMW)), np.full(41, 1.5)
+    values[10] = rival.final - 0.01
+    assert speedup(curve(values), rival) == pytest.approx(speedup(curve(np.full(41, 1.5)), rival))
+
+
+def test_the_rivals_final_loss_is_not_smoothed_away() -> None:
+    falling = np.concatenate([np.full(33, 2.0), np.linspace(2.0, 1.0, 8)])  # as with a decay over the last fifth
+    for end in (1.001, 1.01, 1.05, 1.1):
+        value = speedup(curve(np.full(41, end)), curve(falling))
+        assert value is not None
+        assert 0.9 < value < 1.0
+
+
+def test_what_diverged() -> None:
+    bad, good = result(cell(OURS), 0.0), result(cell(ADAMW))
+    assert (bad.diverged, good.diverged) == (True, False)
+    assert speedup(bad, good) == FLOOR
+    assert speedup(good, bad) is None
+    worse = curve(np.linspace(2.0, 3.2, 41))
+    assert worse.diverged
+
+
+def test_time_counts_the_gradient_once_for_both() -> None:
+    quiet, busy = result(cell(OURS), update=0.5), result(cell(ADAMW), update=0.1)
+    busy = dataclasses.replace(busy, step_seconds=3.1)  # a gradient of 3 s, where another process was in between
+    assert time_ratio([quiet], [busy]) == pytest.approx(1.5 / 1.1)
+
+
+@pytest.mark.parametrize("quickness", [1.0, 0.0])
+def test_a_file_gives_back_what_was_put_in(tmp_path: Path, quickness: float) -> None:
+    wanted = result(cell(Setting("muon", 3, -1), MODELS["images-0.1M"], 1, "cuda"), quickness)
+    found = read(store(tmp_path, wanted))
+    assert found.cell == wanted.cell
+    np.testing.assert_allclose(found.held_out, wanted.held_out, rtol=1e-5)
+    assert [r.cell for r in read_all(tmp_path)] == [wanted.cell]
+
+
+def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+    path = store(tmp_path, result(cell(OURS)))
+    text = path.read_text(encoding="utf-8")
+    for damaged in (text[:100], text.replace('"format": 1', '"format": 7'), text.replace('"seed"', '"sed"'), "[]"):
+        path.write_text(damaged, encoding="utf-8")
+        with pytest.raises(ValueError, match=path.name):
+            read(path)
+
+
+def test_runs_that_differ_have_different_files() -> None:
+    base = cell(ADAMW)
+    others = [
+        dataclasses.replace(base, **change)
+        for change in (
+            {"seed": 1}, {"device": "cuda"}, {"data": "other"}, {"policy": "sha256:1"},
+            {"setting": Setting("adamw", 3)}, {"model": dataclasses.replace(SMALL, steps=7)},
+        )
+    ]  # fmt: skip
+    assert len({c.path(Path()) for c in (base, *others)}) == 1 + len(others)
+    planned = dataclasses.replace(SMALL, seeds=5, device="cuda")  # what is done with a model is not what it is
+    assert dataclasses.replace(base, model=planned).path(Path()) == base.path(Path())
+
+
+def tuned_to_the_end(
+    optimizer: str, loss: Callable[[Setting], float], smaller: Setting | None = None
+) -> dict[Setting, float]:
+    losses: dict[Setting, float] = {}
+    while left := tuning(optimizer, losses, smaller)[0]:  # pyright: ignore[reportArgumentType]
+        losses[left[0]] = loss(left[0])
+    return losses
+
+
+@pytest.mark.parametrize("right", [-3, 0, 2, 3, 6])
+def test_learning_rates_are_tried_until_the_best_lies_within(right: int) -> None:
+    losses = tuned_to_the_end("adamw", lambda s: (s.exponent - right) ** 2)
+    best = min(losses, key=lambda s: losses[s])
+    assert best.exponent == right
+    assert len(losses) >= 4
+    assert {right - 1, right + 1} <= {s.exponent for s in losses}
+
+
+@pytest.mark.parametrize(("right", "auxiliary"), [(3, 0), (1, -2), (7, 2)])
+def test_muons_auxiliary_rate_is_tuned_too(right: int, auxiliary: int) -> None:
+    losses = tuned_to_the_end("muon", lambda s: (s.exponent - right) ** 2 + 0.3 * (s.auxiliary - auxiliary) ** 2)
+    best = min(losses, key=lambda s: losses[s])
+    assert (best.exponent, best.auxiliary) == (right, auxiliary)
+
+
+def test_rates_that_diverge_are_an_edge_and_tuning_ends_where_all_do() -> None:
+    losses = tuned_to_the_end("adamw", lambda s: math.inf if s.exponent > 2 else -float(s.exponent))
+    assert min(losses, key=lambda s: losses[s]).exponent == 2
+    assert len(tuned_to_the_end("muon", lambda s: math.inf)) == 4
+    assert len(tuned_to_the_end("muon", lambda s: 1.0)) < 12
+
+
+def test_a_larger_model_begins_around_the_best_of_the_smaller() -> None:
+    models = [MODELS["text-0.3M"], MODELS["text-1M"], MODELS["images-0.1M"]]
+    losses = tuned_to_the_end("adamw", lambda s: (s.exponent - 5) ** 2)
+    results = [result(cell(s), 10.0 - loss) for s, loss in losses.items() if loss < 10]
+    states = tuned("adamw", models, results)
+    assert states["text-0.3M"].best == Setting("adamw", 5)
+    assert [s.exponent for s in states["text-1M"].missing] == [5, 4, 6, 3]
+    assert states["images-0.1M"] == tuned("adamw", models, [])["images-0.1M"]
+
+
+def cells_of(config: ScaleConfig, results: list[Result]) -> list[Cell]:
+    return [e.cell for e in queue(config, {"default": "sha256:0"}, results, "text", config.chosen())]
+
+
+def test_seeds_come_after_tuning_and_nothing_is_made_twice() -> None:
+    config = ScaleConfig(models=("text-0.3M",))
+    results: list[Result] = []
+    seen: list[str] = []
+    while left := cells_of(config, results):
+        quickness = 2.0 if left[0].setting.optimizer == "learned" else 2.0 ** -abs(left[0].setting.exponent - 2.6)
+        results.append(result(left[0], quickness))
+        seen.append(left[0].name)
+    assert len(set(seen)) == len(seen)
+    assert len([n for n in seen if ".s1" in n]) == 4  # two of ours, two rivals
+    for name in ("adamw", "muon"):
+        assert [n.endswith("s1") for n in seen if f".{name}." in n][-1:] == [True]
+    (row,) = by_model(results, config.chosen(), config.rivals)
+    comparison = compare(row.ours[0], row.rivals[0])
+    assert comparison is not None
+    assert comparison.seeds == 2
+    assert comparison.steps == pytest.approx(2.0 / 2.0**-0.4, rel=0.15)
+
+
+def test_the_queue_is_sorted_by_what_cells_tell_per_minute() -> None:
+    config = ScaleConfig(models=("text-*",))
+    entries = queue(config, {"default": ""}, [], "text", config.chosen())
+    assert [e.value for e in entries] == sorted((e.value for e in entries), reverse=True)
+    assert entries[0].cell.model.name == "text-0.3M"
+    known = [dataclasses.replace(result(cell(ADAMW)), step_seconds=1e4)]
+    later = queue(config, {"default": ""}, known, "text", config.chosen())
+    assert later[0].cell.model.name == "text-1M"  # 0.3M was found to be slow
+    only = queue(dataclasses.replace(config, cells=("*3M.muon.*",)), {"default": ""}, [], "text", config.chosen())
+    assert {(e.cell.model.name, e.cell.setting.optimizer) for e in only} == {("text-0.3M", "muon"), ("text-3M", "muon")}
+
+
+def test_ours_at_other_rates_is_shown_apart() -> None:
+    config = ScaleConfig(models=("text-0.3M",), exponents=(1,))
+    faster = ours("default", 1)[1]
+    assert faster.lr == 2e-3
+    assert {c.setting for c in cells_of(config, []) if c.setting.exponent == 1} >= set(ours("default", 1))
+    results = [result(cell(OURS), 1.0), result(cell(faster), 5.0), result(cell(ADAMW))]
+    (row,) = by_model(results, [SMALL], ["adamw"])
+    assert [len(runs.results) for runs in row.ours] == [1, 0]
+    assert [runs.name for runs in row.others] == ["default, with decay, lr 0.002"]
+    assert "with decay, lr 0.002" in losses([row])
+    assert "0.002" not in speedups([row])
+
+
+def test_results_of_other_devices_texts_and_older_policies_are_not_mixed_in() -> None:
+    here = [result(cell(s, seed=seed, policy="new" if s == OURS else ""), date="2026-02-01")
+            for s in (OURS, ADAMW) for seed in (0, 1)]  # fmt: skip
+    older = [result(cell(OURS, policy="old"), 9.0)]
+    elsewhere = [result(cell(Setting("adamw", 4), device="cuda"), 9.0)]
+    other = [result(dataclasses.replace(cell(Setting("adamw", 3)), data="another"), 9.0)]
+    (row,) = by_model([*older, *here, *elsewhere, *other], [SMALL], ["adamw"])
+    assert row.device == "cpu"
+    assert [r.cell.policy for r in row.ours[0].results] == ["new", "new"]
+    assert row.rivals[0].tuning is not None
+    assert row.rivals[0].tuning.best == ADAMW
+
+
+def test_a_state_says_whether_it_is_done() -> None:
+    assert Tuned(ADAMW, (ADAMW,), ()).done
+    assert not Tuned(ADAMW, (), (ADAMW,)).done

@@ -1,0 +1,43 @@
+"""Tables and picture of docs/scale.md, for readme_tables.py: made of the cells in docs/results/scale."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from learned_optim.bench.scale import report
+from learned_optim.bench.scale.cells import read_all
+from learned_optim.bench.scale.config import MODELS
+from learned_optim.bench.scale.figures import OfModel, by_model
+from learned_optim.bench.scale.plots import draw
+
+
+class Results(Protocol):
+    """Where results files are."""
+
+    folder: Path
+
+
+def rows(results: Results) -> list[OfModel]:
+    """Every model, measured or not."""
+    return by_model(read_all(results.folder / "scale"), list(MODELS.values()), ("adamw", "muon"))
+
+
+def scale(results: Results) -> str:
+    """Speedups."""
+    return report.speedups(rows(results))
+
+
+def scale_losses(results: Results) -> str:
+    """Losses and the rivals' settings."""
+    return report.losses(rows(results))
+
+
+def scale_runs(results: Results) -> str:
+    """Models, devices, milliseconds."""
+    return report.runs(rows(results))
+
+
+def draw_scale(results: Results, path: Path) -> None:
+    """The picture."""
+    draw(rows(results), path)
