@@ -6,6 +6,7 @@ hub.py          repositories on the Hugging Face Hub
 hub_errors.py   what the Hub and its client raise, as our exceptions
 files.py        a policy as four files in a folder; the atomic writer of this package
 filenames.py    what these files are called
+results.py      what results.json may hold
 card.py         the model card
 markdown.py     values as words of it
 fingerprint.py  which rule it is, in 16 digits

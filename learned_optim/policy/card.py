@@ -1,45 +1,4 @@
-"""The model card: what ``config.json``, the weights and ``results.json`` say, in words, and nothing else.
-
-``results.json`` holds one object. Every key is optional, unknown ones are kept and not shown, and what is shown must
-have the type given here (:func:`validate_results`)::
-
-    {
-      "bundled_as": "default",                the name it has in the package, if it comes with it
-      "license": "apache-2.0",                a licence id of the Hub
-      "datasets": ["owner/name"],             data sets of the Hub that it was trained or evaluated on
-      "training": {
-        "method": "set by hand",              or "unrolled back-propagation", "ES", ...
-        "tasks": ["mlp", "conv"],             names of the tasks or families
-        "outer_steps": 300,
-        "core_hours": 1.5,
-        "seeds": [0, 1],                      or their number
-        "command": "learned-optim meta-train ..."
-      },
-      "evaluation": {
-        "suite": "held-out tasks",
-        "command": "learned-optim bench ...",
-        "seeds": [0, 1, 2],                   or their number
-        "reference": "AdamW, best of 14 settings per task",
-        "tasks": [{
-          "task": "mlp-letters",
-          "split": "held-out",
-          "speedup": 1.2,                     above 1: better than the reference; null: not known
-          "spread": 0.1,                      standard deviation of the speedup over seeds
-          "loss": 0.3, "reference_loss": 0.31,
-          "held_out_loss": 0.5, "reference_held_out_loss": 0.45,
-          "diverged": false
-        }],
-        "summary": {"what": 1.0}              figures or words, shown as they are
-      },
-      "habits": {                             what ``bench --suite habits`` measured
-        "command": "learned-optim bench --suite habits",
-        "figures": {"what": "1.2 and 3.4"}    figures or words, shown as they are
-      },
-      "notes": ["a sentence"]                 limits and remarks, shown as they are
-    }
-
-A task that diverged has ``"diverged": true`` and ``null`` for what has no finite value: JSON knows no NaN.
-"""
+"""The model card: what ``config.json``, the weights and ``results.json`` say, in words, and nothing else."""
 
 from __future__ import annotations
 
@@ -52,76 +11,20 @@ from torch import Tensor
 
 from learned_optim.policy import markdown as md
 from learned_optim.policy.fingerprint import fingerprint
+from learned_optim.policy.results import is_number, validate
 from learned_optim.rule.config import PolicyConfig
 
-_NUMBER, _COUNT, _TEXT, _FLAG = "a finite number", "a whole number of 0 or more", "text", "true or false"
-_TEXTS, _SEEDS, _FIGURES = "a list of texts", "a whole number or a list of them", "an object of numbers and texts"
-_OBJECT, _OBJECTS = "an object", "a list of objects"
-
-_RESULTS = {"bundled_as": _TEXT, "license": _TEXT, "datasets": _TEXTS, "training": _OBJECT, "evaluation": _OBJECT,
-            "habits": _OBJECT, "notes": _TEXTS}  # fmt: skip
-_TRAINING = {"method": _TEXT, "tasks": _TEXTS, "outer_steps": _COUNT, "core_hours": _NUMBER, "seeds": _SEEDS,
-             "command": _TEXT}  # fmt: skip
-_EVALUATION = {"suite": _TEXT, "command": _TEXT, "seeds": _SEEDS, "reference": _TEXT, "tasks": _OBJECTS,
-               "summary": _FIGURES}  # fmt: skip
-_TASK = {"task": _TEXT, "split": _TEXT, "speedup": _NUMBER, "spread": _NUMBER, "loss": _NUMBER,
-         "reference_loss": _NUMBER, "held_out_loss": _NUMBER, "reference_held_out_loss": _NUMBER,
-         "diverged": _FLAG}  # fmt: skip
-
-_HABITS = {"command": _TEXT, "figures": _FIGURES}
-
 _METRICS = ("speedup", "loss", "held_out_loss")
-_LARGEST = 1e300  # what is shown is also averaged and drawn, in floats
 _PLOT_WIDTH = 20
+_NAMED = 6  # families of tasks that are named; of more, their number is
 
-
-def validate_results(results: Any) -> None:
-    """Raise unless ``results`` can be stored and shown.
-
-    Raises:
-        ValueError: a value that is shown has another type, or one is not plain JSON (NaN included).
-    """
-    _check({"results": results}, {"results": _OBJECT}, "")
-    _check(results, _RESULTS, "results.")
-    _check(results.get("training") or {}, _TRAINING, "results.training.")
-    _check(results.get("habits") or {}, _HABITS, "results.habits.")
-    evaluation = results.get("evaluation") or {}
-    _check(evaluation, _EVALUATION, "results.evaluation.")
-    for index, task in enumerate(evaluation.get("tasks") or []):
-        _check(task, _TASK, f"results.evaluation.tasks[{index}].")
-        if not task.get("task"):
-            raise ValueError(f"results.evaluation.tasks[{index}].task is missing: every task needs its name")
-    try:
-        json.dumps(results, allow_nan=False)
-    except (TypeError, ValueError, RecursionError) as error:
-        raise ValueError(f"results are not plain JSON: {error}") from error
-
-
-def _check(values: Mapping[str, Any], wanted: Mapping[str, str], where: str) -> None:
-    for key, kind in wanted.items():
-        value = values.get(key)
-        if value is not None and not _is(value, kind):
-            raise ValueError(f"{where}{key} must be {kind}, found {value!r:.80}")
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind == _FLAG:
-        return isinstance(value, bool)
-    if kind == _TEXT:
-        return isinstance(value, str)
-    if kind == _NUMBER:
-        return not isinstance(value, bool) and isinstance(value, int | float) and abs(value) < _LARGEST
-    if kind == _COUNT:
-        return not isinstance(value, bool) and isinstance(value, int) and value >= 0
-    if kind == _SEEDS:
-        return _is(value, _COUNT) or (isinstance(value, list) and all(_is(x, _COUNT) for x in value))
-    if kind == _TEXTS:
-        return isinstance(value, list) and all(isinstance(x, str) for x in value)
-    if kind == _OBJECTS:
-        return isinstance(value, list) and all(isinstance(x, Mapping) for x in value)
-    if kind == _FIGURES:
-        return isinstance(value, Mapping) and all(_is(x, _TEXT) or _is(x, _NUMBER) for x in value.values())
-    return isinstance(value, Mapping)
+#: Columns of the table of tasks: what each says, and from which value on the reference is ahead.
+_STEPS, _TIME, _HELD_OUT = "speedup in steps", "speedup in time", "held-out loss"
+_MEANINGS = {
+    _STEPS: "the reference's steps to its own final loss, over this rule's",
+    _TIME: "the same in time",
+    _HELD_OUT: "at the end, over the reference's",
+}
 
 
 def model_card(
@@ -140,27 +43,28 @@ def model_card(
         repo_id: Hub repository that the lines of usage name; ``None`` for the bundled name, or else a folder.
 
     Raises:
-        ValueError: ``results`` are not as described above.
+        ValueError: ``results`` are not as :mod:`learned_optim.policy.results` wants them.
     """
     results = results or {}
-    validate_results(results)
+    validate(results)
     bundled_as = results.get("bundled_as")
     name = repo_id or bundled_as or "path/to/this/folder"
     title = repo_id.partition("/")[2] if repo_id else bundled_as
+    what = "An update rule (*policy*) for `learned_optim`, a drop-in `torch.optim` optimizer."
     lines = [
         *_metadata(results), "",
         f"# {md.text(title) or 'An update rule'}", "",
-        "An update rule (*policy*) for `learned_optim`, a drop-in `torch.optim` optimizer.",
-        *architecture(config, weights), "",
-        "## Use", "",
+        " ".join(filter(None, (what, md.text(results.get("purpose"))))), "",
         "```python", "from learned_optim import LearnedOptimizer", "",
-        f"optimizer = LearnedOptimizer(model.parameters(), policy={json.dumps(md.plain(name))})",
-        "loss.backward()", "optimizer.step()", "```", "",
-        "## How it was made", "", *training(results), "",
-        "## Results", "", *evaluation(results), "",
+        f"optimizer = LearnedOptimizer(model.parameters(), policy={json.dumps(md.plain(name))})", "```", "",
+        "## What it gains", "", *evaluation(results), "",
         *(["## Habits", "", *shown, ""] if (shown := habits(results)) else []),
+        "## How it was made", "", *training(results), "",
+        "## The rule", *architecture(config, weights), "",
         "## Limits", "", *_limits(config, results),
     ]  # fmt: skip
+    if results:
+        lines += ["", "Everything that was measured is in [results.json](results.json)."]
     return "\n".join(lines) + "\n"
 
 
@@ -176,7 +80,7 @@ def architecture(config: PolicyConfig, weights: Mapping[str, Tensor]) -> list[st
         f"- cell: {config.cell}, {config.hidden_size} hidden unit{'s' * (config.hidden_size > 1)} per coordinate, "
         "beside Adam's two moments",
         f"- meta-parameters: {count}" + ("" if trained else ", all of them zero: the rule is its base mixture"),
-        f"- base mixture: {config.step_scale:g}·lr·({start}), caution {config.caution:g}",
+        f"- base mixture: `{config.step_scale:g}·lr·({start})`, caution {config.caution:g}",
         *([_orthogonalised(config)] if config.orthogonal else []),
         f"- decays {config.betas[0]:g} and {config.betas[1]:g}, eps {config.eps:g}",
         f"- fingerprint: `{fingerprint(config, weights)}`, format {config.format_version}",
@@ -196,49 +100,57 @@ def _orthogonalised(config: PolicyConfig) -> str:
 def training(results: Mapping[str, Any]) -> list[str]:
     """How the rule was made, as far as the results say."""
     made = results.get("training") or {}
+    tasks = [md.text(task) for task in made.get("tasks") or []]
+    effort = (
+        f"{md.number(made['outer_steps'])} outer steps" if made.get("outer_steps") is not None else "",
+        f"{md.number(made['core_hours'])} core hours" if made.get("core_hours") is not None else "",
+        f"seeds {seeds}" if (seeds := md.seeds(made.get("seeds"))) else "",
+    )
     shown = [
         ("method", md.text(made.get("method"))),
-        ("tasks", ", ".join(md.text(task) for task in made.get("tasks") or [])),
-        ("outer steps", md.number(made.get("outer_steps"))),
-        ("compute", f"{md.number(made['core_hours'])} core hours" if made.get("core_hours") is not None else ""),
-        ("seeds", md.seeds(made.get("seeds"))),
+        ("tasks", ", ".join(tasks) if len(tasks) <= _NAMED else f"{len(tasks)} families of small ones"),
+        ("effort", ", ".join(filter(None, effort))),
         ("command", md.code(made.get("command"))),
     ]
     return [f"- {name}: {value}" for name, value in shown if value] or ["Not recorded."]
 
 
 def evaluation(results: Mapping[str, Any]) -> list[str]:
-    """Table and plot of the tasks, the best first and those where it loses at the end; or "Not evaluated."."""
+    """Table and plot of the tasks, the best first and those that diverged at the end; or "Not evaluated."."""
     measured = results.get("evaluation") or {}
     tasks = sorted(measured.get("tasks") or [], key=_rank)
-    summary = measured.get("summary") or {}
-    if not tasks and not summary:
+    if not tasks and not measured.get("summary"):
         return ["Not evaluated."]
+    over = f"Over {reference}. " if (reference := md.text(measured.get("reference"))) else ""
+    lines = [*_table(tasks, over), ""] if tasks else [*md.table(("", "measured"), _figures(measured["summary"])), ""]
+    if any((task.get("speedup") or 0.0) > 0.0 for task in tasks):
+        lines += [*_plot(tasks), ""]
     shown = [
         ("suite", md.text(measured.get("suite"))),
-        ("reference", md.text(measured.get("reference"))),
+        ("reference", reference),
         ("seeds", md.seeds(measured.get("seeds"))),
         ("command", md.code(measured.get("command"))),
-        *_figures(summary),
     ]
-    lines = [f"- {name}: {value}" for name, value in shown if value]
-    lines += [f"- {sentence}" for sentence in _verdict(tasks)]
-    if tasks:
-        lines += ["", *_table(tasks)]
-    if any((task.get("speedup") or 0.0) > 0.0 for task in tasks):
-        lines += ["", *_plot(tasks)]
-    return lines
+    lines += [f"- {verdict}" for verdict in _verdict(tasks)]
+    return lines + [f"- {name}: {value}" for name, value in shown if value]
+
+
+def summary(results: Mapping[str, Any]) -> list[str]:
+    """The figures over all tasks, which the card leaves to the table."""
+    figures = (results.get("evaluation") or {}).get("summary") or {}
+    return [f"- {name}: {value}" for name, value in _figures(figures)]
 
 
 def habits(results: Mapping[str, Any]) -> list[str]:
     """What the rule does on noise, after changes and the like, where that was measured."""
     measured = results.get("habits") or {}
-    shown = [("command", md.code(measured.get("command"))), *_figures(measured.get("figures") or {})]
-    return [f"- {name}: {value}" for name, value in shown if value]
+    figures, command = _figures(measured.get("figures") or {}), md.code(measured.get("command"))
+    lines = [*md.table(("habit", "measured"), figures), ""] if figures else []
+    return lines + ([f"- command: {command}"] if command else [])
 
 
 def _figures(values: Mapping[str, Any]) -> list[tuple[str, str]]:
-    return [(md.text(key), md.number(v) if _is(v, _NUMBER) else md.text(v)) for key, v in values.items()]
+    return [(md.text(key), md.number(v) if is_number(v) else md.text(v)) for key, v in values.items()]
 
 
 def notes(results: Mapping[str, Any]) -> list[str]:
@@ -266,16 +178,10 @@ def _verdict(tasks: list[Mapping[str, Any]]) -> list[str]:
     known = [task for task in tasks if task.get("speedup") is not None]
     lost = [task for task in known if task["speedup"] < 1.0 or task.get("diverged")]
     lost += [task for task in tasks if task.get("diverged") and task not in lost]
-    sentences = []
-    if known or lost:
-        names = ": " + ", ".join(md.text(task["task"]) for task in lost) if lost else ""
-        sentences.append(f"it loses against the reference on {len(lost)} of {len(tasks)} tasks{names}")
-    if known and all(task["speedup"] > 0.0 for task in known):
-        mean = math.exp(sum(math.log(task["speedup"]) for task in known) / len(known))
-        worst = min(task["speedup"] for task in known)
-        over = "" if len(known) == len(tasks) else f" over the {len(known)} tasks that have one"
-        sentences.append(f"speedup, geometric mean{over}: {md.number(mean)}, worst: {md.number(worst)}")
-    return sentences
+    if not known and not lost:
+        return []
+    names = ": " + "; ".join(_title(task) for task in lost) if lost else ""
+    return [f"in steps it loses against the reference on {len(lost)} of {len(tasks)} tasks{names}"]
 
 
 def _rank(task: Mapping[str, Any]) -> tuple[bool, float, str]:
@@ -283,30 +189,49 @@ def _rank(task: Mapping[str, Any]) -> tuple[bool, float, str]:
     return bool(task.get("diverged")), -(speedup if speedup is not None else -math.inf), task["task"]
 
 
-def _table(tasks: list[Mapping[str, Any]]) -> list[str]:
-    columns = [key for key in _TASK if key not in ("task", "diverged") and any(t.get(key) is not None for t in tasks)]
-    if any(task.get("diverged") for task in tasks):
-        columns.append("diverged")
-    header = ["task", *(column.replace("_", " ").replace("held out", "held-out") for column in columns)]
-    rows = [[md.text(task["task"]), *(_cell(task, column) for column in columns)] for task in tasks]
-    align = ["---", *("---" if column == "split" else "---:" for column in columns)]
-    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
+def _title(task: Mapping[str, Any]) -> str:
+    return md.text(task.get("title") or task["task"])
 
 
-def _cell(task: Mapping[str, Any], column: str) -> str:
-    value = task.get(column)
-    if column == "diverged":
-        return "**yes**" if value else "no"
-    if column == "split":
-        return md.text(value) or "–"
+def _ratios(task: Mapping[str, Any]) -> dict[str, float]:
+    """What the table shows of a task, as far as it is known and positive."""
+    steps, ended = task.get("speedup"), (task.get("held_out_loss"), task.get("reference_held_out_loss"))
+    parts = {_STEPS: (steps, 1.0), _TIME: (steps, task.get("time_ratio")), _HELD_OUT: ended}
+    return {name: a / b for name, (a, b) in parts.items() if a is not None and b is not None and a > 0.0 and b > 0.0}
+
+
+def _table(tasks: list[Mapping[str, Any]], over: str) -> list[str]:
+    """What the columns mean, one row a task, and the geometric means of the figures that are known."""
+    rows = [(_title(task), _ratios(task)) for task in tasks]
+    columns = [name for name in _MEANINGS if any(name in ratios for _, ratios in rows)]
+    cells = [[title, *(_cell(ratios.get(name), name) for name in columns)] for title, ratios in rows]
+    for row, task in zip(cells, tasks, strict=True):
+        if task.get("diverged"):
+            row[0] += ": **diverged**"
+    if columns and len(tasks) > 1:
+        cells.append(["geometric mean"])
+        for name in columns:
+            logs = [math.log(ratios[name]) for _, ratios in rows if name in ratios]
+            of = "" if len(logs) == len(tasks) else f" of {len(logs)}"
+            cells[-1].append(_cell(math.exp(sum(logs) / len(logs)), name) + of)
+    meanings = " ".join(f"{name.capitalize()}: {_MEANINGS[name]}." for name in columns)
+    return [*([over + meanings, ""] if meanings else []), *md.table(("task", *columns), cells)]
+
+
+def _cell(value: float | None, column: str) -> str:
     if value is None:
         return "–"
-    return f"**{md.number(value)}** (loses)" if column == "speedup" and value < 1.0 else md.number(value)
+    behind = round(value, 2) > 1.0 if column == _HELD_OUT else round(value, 2) < 1.0
+    return f"**{md.ratio(value)}** (loses)" if behind else md.ratio(value)
 
 
 def _plot(tasks: list[Mapping[str, Any]]) -> list[str]:
     """Speedups as bars from a line at 1, logarithmic; in characters, so that it shows wherever the card does."""
-    logs = [(md.plain(t["task"])[:30], math.log(t["speedup"])) for t in tasks if (t.get("speedup") or 0.0) > 0.0]
+    logs = [
+        (md.plain(t.get("title") or t["task"])[:30], math.log(t["speedup"]))
+        for t in tasks
+        if (t.get("speedup") or 0.0) > 0.0
+    ]
     scale = max(math.log(1.25), *(abs(value) for _, value in logs))
     width = max(len("speedup"), *(len(name) for name, _ in logs))
     ends = f"{math.exp(-scale):.2g}".ljust(_PLOT_WIDTH), f"{math.exp(scale):.3g}".rjust(_PLOT_WIDTH)

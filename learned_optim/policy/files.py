@@ -6,7 +6,7 @@
                       ``library_version`` that wrote it, and three checksums: ``weights_sha256`` and
                       ``results_sha256`` of the files beside it (``null``: no results), ``config_sha256`` of all the
                       other keys
-``results.json``      what was measured (see :mod:`learned_optim.policy.card`); absent for a policy without results
+``results.json``      what was measured (see :mod:`learned_optim.policy.results`); absent for a policy without results
 ``README.md``         the model card, made from the others; the only file that may be edited by hand
 ====================  =======================================================================================
 
@@ -33,9 +33,10 @@ from safetensors.torch import save
 from torch import Tensor
 
 from learned_optim import __version__
-from learned_optim.policy.card import model_card, validate_results
+from learned_optim.policy.card import model_card
 from learned_optim.policy.errors import InvalidPolicyError, PolicyNotFoundError
 from learned_optim.policy.filenames import CARD, CONFIG, LIMITS, RESULTS, WEIGHTS, why_missing
+from learned_optim.policy.results import validate
 from learned_optim.rule.config import FORMAT_VERSION, PolicyConfig
 
 #: Glob of what a process that was killed may have left beside a file that it was writing atomically.
@@ -88,7 +89,7 @@ def pack(
     _check_magnitudes(config.to_dict())
     packed = {WEIGHTS: save(weights)}
     if results is not None:
-        validate_results(results)
+        validate(results)
         packed[RESULTS] = _render(results)
         _json(packed[RESULTS], RESULTS)  # {1: 0, "1": 0} is two keys in Python and one twice in JSON
     values = {
@@ -141,7 +142,7 @@ def read(folder: Path, source: str) -> StoredPolicy:
             raw = _contents(folder, RESULTS, source)
             _compare(raw, values["results_sha256"], RESULTS)
             results = _json(raw, RESULTS)
-            validate_results(results)
+            validate(results)
         elif (folder / RESULTS).exists():
             raise ValueError(f"{RESULTS} does not belong to it: {CONFIG} says that there are no results")
     except ValueError as error:

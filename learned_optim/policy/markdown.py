@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 
 
 def plain(value: str) -> str:
@@ -12,9 +13,9 @@ def plain(value: str) -> str:
 
 
 def text(value: str | None) -> str:
-    """Text that Markdown and HTML leave as it is."""
+    """Text that Markdown and HTML leave as it is; an underscore within a word means nothing to Markdown."""
     escaped = plain(value or "").replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-    return re.sub(r"([\\`*_\[\]|])", r"\\\1", escaped)
+    return re.sub(r"([\\`*\[\]|]|(?<![^\W_])_|_(?![^\W_]))", r"\\\1", escaped)
 
 
 def code(value: str | None) -> str:
@@ -30,6 +31,17 @@ def number(value: float | None) -> str:
     if value is None:
         return ""
     return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+def ratio(value: float) -> str:
+    """Two decimals where they say anything."""
+    return f"{value:.2f}" if 0.1 <= value < 100.0 else f"{value:.3g}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of a table whose columns after the first are aligned to the right."""
+    align = ["---", *["---:"] * (len(header) - 1)]
+    return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
 
 
 def seeds(value: int | list[int] | None) -> str:

@@ -147,7 +147,7 @@ class Policy(nn.Module):
 
         Args:
             folder: where to; made if it does not exist.
-            results: what was measured (see :mod:`learned_optim.policy.card`); ``policy.results`` if ``None``.
+            results: what was measured (see :mod:`learned_optim.policy.results`); ``policy.results`` if ``None``.
 
         Raises:
             ValueError: weights that are not finite float32 of the configuration's shapes, or results that are not plain
@@ -194,3 +194,17 @@ class Policy(nn.Module):
     def _packed(self, results: Mapping[str, Any] | None = None, repo_id: str | None = None) -> dict[str, bytes]:
         results = self.results if results is None else results
         return pack(self.config, self.weights(), results, repo_id=repo_id)
+
+
+def as_policy(policy: str | Path | Policy, revision: str | None) -> Policy:
+    """What the arguments of :class:`learned_optim.LearnedOptimizer` name.
+
+    Raises:
+        TypeError: of another type.
+        ValueError: a revision beside a Policy; besides, the errors of :meth:`Policy.from_pretrained`.
+    """
+    if not isinstance(policy, str | Path | Policy):
+        raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
+    if isinstance(policy, Policy) and revision is not None:
+        raise ValueError("revision goes with a Hub id, found it beside a Policy object")
+    return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)

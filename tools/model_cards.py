@@ -1,0 +1,81 @@
+"""Write the cards of the bundled policies anew: python tools/model_cards.py [--check] [FOLDER ...]
+
+In each folder of pretrained/, ``results.json`` gets what the card says besides the bench's figures: what the policy is
+for (``PURPOSES``), what its tasks are called (``TASKS`` of tools/readme_tables.py), and the time of a training
+iteration over AdamW's, from docs/results/iteration.json. README.md and the checksums in config.json follow; weights
+stay as they are. To be run after a policy was replaced or measured again. ``--check`` changes nothing and fails if a
+file is not current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+import readme_tables
+
+from learned_optim import Policy
+
+PURPOSES = {
+    "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
+    "orthogonalises the updates of matrices, as Muon does. Not for fine-tuning on little data, and not for models that "
+    "are mostly a large embedding.",
+    "elementwise": "For models with large embeddings, or where matrix products are too slow: it treats every parameter "
+    "by itself. It gains less than default.",
+    "reader": "For a language model that learns while it reads, and for nothing else: it moves the weights of a "
+    "trained model after every few words of a text.",
+}
+
+
+def completed(results: dict[str, Any], name: str, measured: readme_tables.Results) -> dict[str, Any]:
+    """``results`` of the policy bundled as ``name``, with the purpose, and each task's title and time.
+
+    Raises:
+        ValueError: nothing says what this policy is for.
+    """
+    if name not in PURPOSES:
+        raise ValueError(f"what is {name!r} for? Add a sentence to PURPOSES in {Path(__file__).name}")
+    made = {"bundled_as": name, "purpose": PURPOSES[name], **copy.deepcopy(results)}
+    made["purpose"] = PURPOSES[name]
+    iterations = measured["iteration"]["tasks"] if "iteration" in measured else {}
+    for task in (made.get("evaluation") or {}).get("tasks") or []:
+        task["title"] = readme_tables.title(task)
+        ratio = iterations.get(readme_tables.family(task), {}).get("ratio", {}).get(name)
+        if ratio is not None:
+            task["time_ratio"] = ratio
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("--check", action="store_true", help="change nothing, fail if a card is not current")
+    parser.add_argument("folders", nargs="*", type=Path, help="of policies; all of pretrained/ if none is given")
+    options = parser.parse_args(arguments)
+    found = sorted(path.parent for path in readme_tables.PRETRAINED.glob("*/config.json"))
+    measured, stale = readme_tables.Results(), []
+    for folder in options.folders or found:
+        policy = Policy.from_pretrained(folder.resolve())
+        results = completed(policy.results or {}, folder.resolve().name, measured)
+        with tempfile.TemporaryDirectory() as temporary:
+            policy.save_pretrained(temporary, results)
+            made = {path.name: path.read_bytes() for path in Path(temporary).iterdir()}
+        if any(not (folder / name).is_file() or (folder / name).read_bytes() != data for name, data in made.items()):
+            stale.append(folder)
+            if not options.check:
+                policy.save_pretrained(folder, results)
+                print(f"written: {folder}")
+    if options.check:
+        for folder in stale:
+            print(f"not current: {folder}: run python tools/model_cards.py", file=sys.stderr)
+        return int(bool(stale))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
