@@ -5,18 +5,21 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --quiet --disable-pip-version-check -c constraints.txt
 WORKERS ?= 2
 SOAK_MINUTES ?= 30
+MINUTES ?= 14
 
-.PHONY: help demo test test-clients check results soak reliability clean
+.PHONY: gpu help demo test test-clients check docs results soak reliability clean
 .DELETE_ON_ERROR:
 
 help:
-	@echo 'make demo     train a small network with AdamW and with LearnedOptimizer, compare'
+	@echo 'make demo     train a small transformer with AdamW, default and tuned, and with LearnedOptimizer'
 	@echo 'make test     run the tests'
 	@echo 'make test-clients  the tests with transformers, accelerate and Lightning'
 	@echo 'make check    lint, format and types'
+	@echo 'make docs     build the documentation site into build/site'
 	@echo 'make results  measure again what README.md and docs/ show'
 	@echo 'make soak     half an hour of faults and interruptions (SOAK_MINUTES=30), writes docs/reliability.md'
 	@echo 'make reliability  plant faults in a copy and see that the tests notice, writes docs/reliability.md'
+	@echo 'make gpu      the queue for minutes with a GPU (MINUTES=14), into gpu-out: docs/gpu.md'
 	@echo 'make clean    remove .venv and everything generated'
 
 demo: $(VENV)/.demo
@@ -33,11 +36,15 @@ check: $(VENV)/.test
 	$(PY) -m ruff format --check
 	$(PY) -m pyright --pythonpath $(PY)
 
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 results: $(VENV)/.demo
-	$(PY) examples/demo.py --out docs --json docs/results/demo.json --tuned
+	$(PY) examples/demo.py --out docs --json docs/results/demo.json
 	$(PY) -m learned_optim bench --suite step --threads 2 --out docs/step
 	$(PY) tools/measure_limits.py docs/results/limits.json
 	$(PY) tools/measure_iteration.py docs/results/iteration.json
+	$(PY) tools/model_cards.py
 	$(PY) tools/readme_tables.py
 
 soak: $(VENV)/.test
@@ -47,6 +54,9 @@ soak: $(VENV)/.test
 reliability: $(VENV)/.test
 	$(PY) tools/mutation_check.py --out docs/results/mutations.json
 	$(PY) tools/reliability_report.py
+
+gpu: $(VENV)/.demo
+	$(PY) tools/gpu_queue.py --minutes $(MINUTES) --out gpu-out
 
 clean:
 	rm -rf $(VENV) demo build dist .pytest_cache .ruff_cache .hypothesis *.egg-info
@@ -62,6 +72,10 @@ $(VENV)/.demo: pyproject.toml constraints.txt | $(PY)
 $(VENV)/.clients: pyproject.toml constraints.txt | $(PY)
 	$(PIP) -e '.[test,clients]'
 	@touch $@ $(VENV)/.test $(VENV)/.demo
+
+$(VENV)/.docs: pyproject.toml constraints.txt | $(PY)
+	$(PIP) -e '.[docs]'
+	@touch $@
 
 $(VENV)/.test: pyproject.toml constraints.txt | $(PY)
 	$(PIP) -e '.[test]'

@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from learned_optim.groups import param_groups as param_groups
     from learned_optim.optimizer import LearnedOptimizer as LearnedOptimizer
     from learned_optim.policy.policy import Policy as Policy
     from learned_optim.rule.config import PolicyConfig as PolicyConfig
@@ -19,8 +20,9 @@ _WHERE = {
     "LearnedOptimizer": "learned_optim.optimizer",
     "Policy": "learned_optim.policy.policy",
     "PolicyConfig": "learned_optim.rule.config",
+    "param_groups": "learned_optim.groups",
 }
-__all__ = ["LearnedOptimizer", "Policy", "PolicyConfig", "__version__"]
+__all__ = ["LearnedOptimizer", "Policy", "PolicyConfig", "__version__", "param_groups"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,17 +1,47 @@
-"""What the rule does to each tensor, from what the tensor head saw and said in the last step: no pass over memory."""
+"""What the rule takes each tensor for, and what it did to it in the last step: no pass over memory."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from learned_optim.engine.collect import name_of
 from learned_optim.engine.head import StepRecord
+from learned_optim.engine.kinds import TensorKind
 from learned_optim.engine.param_state import ParamIndex
 from learned_optim.engine.step import StepReport
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.types import Coefficients
+
+
+def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str:
+    """See :meth:`learned_optim.LearnedOptimizer.summary`."""
+    rows = [("parameter", "shape", "taken for", "orthogonalised", "weight decay")]
+    for g, group in enumerate(groups):
+        kind = TensorKind.of(group)
+        for i, p in enumerate(group["params"]):
+            parts = kind.parts(p)
+            shape = parts[0].shape
+            role = kind.role or ("vector" if len(shape) <= 1 else "conv" if len(shape) >= 3 else "matrix")
+            of = {part.shape: None for part in parts}
+            taken = f"{role}, by its shape" if kind.role is None else role
+            if kind.is_packed:
+                taken = f"{len(parts)} × {role} {', '.join(map(_times, of))}"
+            elif parts[0].transposed:
+                taken += ", stored transposed"
+            matrices = [config.orthogonalization.matrix_shape(part.shape, kind.role) for part in parts]
+            sizes = {_times(size): None for size in matrices if size}
+            decay = float(group["weight_decay"])
+            rows.append((name_of(groups, (g, i)), _times(p.shape), taken, ", ".join(sizes) or "no", f"{decay:g}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
+
+
+def _times(shape: Sequence[int]) -> str:
+    return "×".join(map(str, shape)) or "scalar"
 
 
 def figures_by_parameter(config: PolicyConfig, report: StepReport) -> dict[str, dict[str, float]]:

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from learned_optim.diagnostics import figures_by_parameter
+from learned_optim.diagnostics import figures_by_parameter, summary_of
 from learned_optim.engine.auto import make_backend
-from learned_optim.engine.collect import Collector, StateKeys
+from learned_optim.engine.collect import Collector, StateKeys, check_added
+from learned_optim.engine.graph import CudaCapture, StepGraph
 from learned_optim.engine.hyperparameters import checked_new_group, hyperparameters
 from learned_optim.engine.sharding import find_shards
 from learned_optim.engine.state_checks import STATE_DTYPES
-from learned_optim.engine.step import StepReport, run_step
-from learned_optim.policy.policy import Policy
+from learned_optim.engine.step import StepReport
+from learned_optim.policy.policy import Policy, as_policy
 from learned_optim.rule.cells import CELLS
-from learned_optim.state_dict import AsSaved, checked, groups_of_adamw, state_of_adamw, without_pieces_of_fsdp
+from learned_optim.state_dict import AsSaved, checked, groups_of_adamw, restored, state_of_adamw, without_pieces_of_fsdp
 
 if TYPE_CHECKING:
     from torch.optim.optimizer import ParamsT
@@ -55,8 +56,7 @@ class LearnedOptimizer(Optimizer):
     rule shrinks its own steps as noise averages out, so a schedule is not needed.
 
     Args:
-        params: parameters, ``named_parameters()``, or dicts of parameter groups; all float or complex types.
-            Complex parameters are seen as pairs of real ones.
+        params: parameters, ``named_parameters()``, or dicts of groups; all float types, and complex ones as pairs.
         lr: learning rate, a number or a 1-element tensor.
         betas: decay rates of m and v; ``None`` takes the policy's own.
         eps: added to the denominator, in units of the gradient; ``None`` takes the policy's own.
@@ -72,14 +72,16 @@ class LearnedOptimizer(Optimizer):
             ``default``. ``None``: float32, and float64 for float64 parameters: 12 bytes per parameter in float32.
         safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's, unless its gradients turn
             against the way taken so far more than in ordinary training; then it falls back to AdamW's. Every update
-            is a mixture of the two: its weights add up to at most 8 (AdamW's: 1; the rule alone is bounded only by
-            its policy). No loss is evaluated and nothing promises that the loss falls; it costs some small operations
-            per step, one number per tensor, and a quarter of the speed. Measured in ``docs/safeguard.md``.
+            is a mixture of the two: its weights add up to at most 8 (AdamW's: 1). No loss is evaluated and nothing
+            promises that it falls; it costs one number per tensor and a quarter of the speed: ``docs/safeguard.md``.
         skip_nonfinite: a tensor whose gradient holds a NaN or an infinity is left out of the step: parameter, state
             and step count stay as they are, to the last bit. :meth:`diagnostics` says so and counts (``skipped``).
             Off by default, as in torch, where such a gradient makes the parameter NaN: what is broken is then seen at
             once, and on a GPU each step would wait to hear whether anything is. All processes decide alike about a
             DTensor that is spread over them. Clipping by the norm of all gradients spreads one NaN to all of them.
+        capturable: keeps step counts on the GPU, and reads an ``lr`` that is a tensor there, so that you can capture
+            :meth:`step` in a ``torch.cuda.graph`` of your own, after a step or two without. ``False``: on a GPU the
+            optimizer captures its step by itself, unless ``backend="eager"``; :attr:`backend` says so, or why not.
 
     Raises:
         ValueError: an argument out of range, or an unknown policy or backend.
@@ -116,16 +118,20 @@ class LearnedOptimizer(Optimizer):
         state_dtype: torch.dtype | None = None,
         safeguard: bool = False,
         skip_nonfinite: bool = False,
+        capturable: bool = False,
     ) -> None:
         if state_dtype is not None and state_dtype not in STATE_DTYPES:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {STATE_DTYPES} or None")
-        for option, value in (("safeguard", safeguard), ("skip_nonfinite", skip_nonfinite)):
+        flags = {"safeguard": safeguard, "skip_nonfinite": skip_nonfinite, "capturable": capturable}
+        for option, value in flags.items():
             if not isinstance(value, bool):
                 raise TypeError(f"Invalid {option}: {value!r}; expected True or False")
-        self.policy = _resolve(policy, revision)
+        if skip_nonfinite and capturable:
+            raise ValueError("skip_nonfinite=True waits to hear of every gradient, which capturable=True rules out")
+        self.policy = as_policy(policy, revision)
         if safeguard and not CELLS[self.policy.config.cell].is_mixture:
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
-        self.safeguard, self.skip_nonfinite = safeguard, skip_nonfinite
+        self.safeguard, self.skip_nonfinite, self.capturable = safeguard, skip_nonfinite, capturable
         self.state_dtype = state_dtype
         self._backend_name = backend
         self._make_engine()
@@ -149,11 +155,9 @@ class LearnedOptimizer(Optimizer):
         the moments are scaled so that they are the same after bias correction.
 
         The age of each tensor is its step count, so that the rule takes the short steps of a run that is as old: the
-        loss goes on where it was. What AdamW does not know starts at zero: running cosines, pace and the hidden state,
-        which averages over ``step / 4`` steps or so and takes that long to fill. (Momentum in its place would go on
-        pushing along the noise of the last ten steps for as long.) A fresh optimizer is the other choice: its first
-        steps are large, so that the loss jumps, and then mostly falls faster. Of ``amsgrad`` the second moment is taken
-        and its maximum left behind. A parameter without state starts afresh.
+        loss goes on where it was. Running cosines, pace and the hidden state, which takes ``step / 4`` steps or so to
+        fill, start at zero. A fresh optimizer is the other choice: its first steps are large, so that the loss jumps,
+        and then mostly falls faster. A parameter without state starts afresh.
 
         Args:
             adamw: a ``torch.optim.AdamW``, in any of its implementations, or an ``Adam`` without weight decay. It is
@@ -186,13 +190,12 @@ class LearnedOptimizer(Optimizer):
     @property
     def backend(self) -> str:
         """How the rule is run, and why."""
-        return self._backend.name
+        return self._graph.described(self._backend.name)
 
     def diagnostics(self) -> dict[str, dict[str, float]]:
         """What the rule did in the last step, for each parameter that it updated.
 
-        Computed when asked, from a few dozen values per tensor that the step leaves behind: no pass over memory, no
-        communication, nothing in checkpoints. Empty before the first step.
+        Computed when asked, from a few dozen values per tensor that the step leaves behind. Empty before the first.
 
         Returns:
             By parameter name where ``named_parameters()`` were given, else by ``"group.index"``, these figures:
@@ -215,8 +218,7 @@ class LearnedOptimizer(Optimizer):
             - ``trust``: with a safeguard only, its trust in the rule; up to 0.25 the step was AdamW's.
             - ``skipped``: with ``skip_nonfinite`` only, how many of the tensor's steps were left out so far.
 
-            A tensor with a gradient that is not finite has NaN here, but for ``step``, ``lr`` and ``skipped``. Names
-            are those that parameters had in that step, whatever became of the groups since.
+            A tensor with a gradient that is not finite has NaN here, but for ``step``, ``lr`` and ``skipped``.
 
         Example:
             >>> model = torch.nn.Linear(3, 1)
@@ -228,6 +230,19 @@ class LearnedOptimizer(Optimizer):
         """
         return figures_by_parameter(self.policy.config, self._report)
 
+    def summary(self) -> str:
+        """What each tensor is taken for, as a table: its role, the matrices that are orthogonalised, its weight decay.
+
+        Groups say it (``learned_optim.param_groups(model)`` makes them), or else its shape.
+
+        Example:
+            >>> print(LearnedOptimizer(torch.nn.Linear(3, 2).named_parameters()).summary())
+            parameter  shape  taken for             orthogonalised  weight decay
+            weight     2×3    matrix, by its shape  2×3             0.01
+            bias       2      vector, by its shape  no              0.01
+        """
+        return summary_of(self.policy.config, self.param_groups)
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
         if isinstance(param_group, dict):
@@ -236,6 +251,7 @@ class LearnedOptimizer(Optimizer):
                     param_group = {**param_group, name: self.defaults[name]}
             param_group = checked_new_group(param_group, self.defaults)
         super().add_param_group(param_group)
+        check_added(self.param_groups)
 
     @torch.compiler.disable  # the rule's scalars change with every step: traced, they would be frozen into the graph
     @torch.no_grad()
@@ -249,17 +265,18 @@ class LearnedOptimizer(Optimizer):
             What the closure returned, or ``None``.
 
         Raises:
-            RuntimeError: a sparse gradient; state that does not fit its parameter, since one of them was replaced;
-                two parameters that share memory or state. Nothing has been changed then.
+            RuntimeError: a sparse gradient of what is no embedding; state that does not fit its parameter, since one of
+                them was replaced; two parameters that share memory or state. Nothing has been changed then.
             TypeError, ValueError: a hyperparameter in a group is no number, or out of range; likewise.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        self._graph.check(self.param_groups, self.state)
         shards = find_shards(self.param_groups)
         params = self._collector.collect(self.param_groups, self.state)
-        report = run_step(self._backend, params, shards, self.skip_nonfinite)
+        report = self._graph.run(self._backend, params, shards, self.skip_nonfinite)
         report.names = self._collector.names
         self._report = report
         for p in params:
@@ -268,29 +285,26 @@ class LearnedOptimizer(Optimizer):
 
     def _make_engine(self) -> None:
         self._backend = make_backend(self._backend_name, self.policy.config, self.policy.weights())
-        self._keys = StateKeys.of(self.policy.config, self.state_dtype, self.safeguard, self.skip_nonfinite)
+        options = self.state_dtype, self.safeguard, self.skip_nonfinite, self.capturable
+        self._keys = StateKeys.of(self.policy.config, *options)
+        self._graph = StepGraph(CudaCapture(), self.capturable, own=self._backend_name != "eager")
         self._forget()
 
     def _forget(self) -> None:
         """What is kept from the last steps."""
-        self._collector = Collector(self._keys, with_origin=bool(self.policy.config.orthogonal))
+        self._collector = Collector(self._keys, orthogonal=bool(self.policy.config.orthogonal))
+        self._graph.forget()
         self._report = StepReport()  # of the last step
 
     def __getstate__(self) -> dict[str, Any]:
-        return {
-            **super().__getstate__(),
-            "policy": self.policy,
-            "state_dtype": self.state_dtype,
-            "safeguard": self.safeguard,
-            "skip_nonfinite": self.skip_nonfinite,
-            "_backend_name": self._backend_name,
-        }
+        own = ("policy", "state_dtype", "safeguard", "skip_nonfinite", "capturable", "_backend_name")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p, values in state["state"].items():
             for key, value in values.items() if isinstance(values, dict) else ():
                 if isinstance(value, AsSaved):
-                    values[key] = self._restored(p, key, value.value)
+                    values[key] = restored(self._keys, p, key, value.value)
         super().__setstate__(state)
         for group in self.param_groups:
             group.setdefault("maximize", False)  # state saved without it can be loaded, as with torch's optimizers
@@ -331,20 +345,3 @@ class LearnedOptimizer(Optimizer):
             handle.remove()
         for group in self.param_groups:
             group["policy"] = self.defaults["policy"]
-
-    def _restored(self, p: Any, key: str, value: Any) -> Any:
-        """A saved value as this optimizer keeps it: torch itself would have cast it to the parameter's dtype."""
-        if key == "step":
-            return torch.as_tensor(value, dtype=torch.float32).detach().cpu().clone()
-        if not isinstance(value, Tensor) or not isinstance(p, Tensor):
-            return value
-        dtype = self._keys.dtype_of(p, key) if key in self._keys.coordinate else value.dtype
-        return value.detach().to(device=p.device, dtype=dtype, copy=True)
-
-
-def _resolve(policy: str | Path | Policy, revision: str | None) -> Policy:
-    if not isinstance(policy, str | Path | Policy):
-        raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
-    if isinstance(policy, Policy) and revision is not None:
-        raise ValueError("revision goes with a Hub id, found it beside a Policy object")
-    return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)

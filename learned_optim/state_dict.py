@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.collect import StateKeys, name_of
+from learned_optim.engine.kinds import KIND_KEYS, TensorKind
 from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, SKIPPED, TENSOR_KEYS
 from learned_optim.engine.sharding import is_dtensor
 from learned_optim.engine.state_checks import check_fits
@@ -25,6 +26,8 @@ def checked(
     state_dict: Mapping[str, Any], groups: Sequence[Mapping[str, Any]], policy: str, keys: Sequence[str]
 ) -> dict[str, Any]:
     """Check that a saved state fits the optimizer, and wrap its values so that they arrive as they were saved.
+
+    What the tensors of a group are (:data:`KIND_KEYS`) belongs to the model: the optimizer's groups keep it.
 
     Args:
         state_dict: what was saved.
@@ -59,13 +62,13 @@ def checked(
                 "construct LearnedOptimizer with the policy of the checkpoint, or start with a fresh optimizer"
             )
     saved_ids = [i for group in saved_groups for i in group["params"]]
-    params = [p for group in groups for p in group["params"]]
+    params = [(p, TensorKind.of(group)) for group in groups for p in group["params"]]
     sizes = ([len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups])
     if sizes[0] != sizes[1]:
         raise ValueError(f"the state's parameter groups hold {sizes[0]} parameters, the optimizer's hold {sizes[1]}")
     needed = ["step", *keys, *TENSOR_KEYS]
     state = dict(state_dict["state"])
-    for key, p in zip(saved_ids, params, strict=True):
+    for key, (p, kind) in zip(saved_ids, params, strict=True):
         values = state.get(key)
         if not values:
             continue
@@ -86,8 +89,30 @@ def checked(
                     f"the state of parameter {key!r} is {kinds[0]}, the parameter is {kinds[1]}: load it with "
                     "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which cuts and gathers"
                 )
+        numbers = (len(kind.parts(p)),) * kind.is_packed
+        for name in TENSOR_KEYS:
+            if (shape := tuple(torch.as_tensor(values[name]).shape)) != numbers:
+                ours = f"shape {numbers}: stacked and split say that it holds {numbers[0]}" if numbers else "one tensor"
+                raise ValueError(
+                    f"the state of parameter {key!r} holds as {name} a tensor of shape {shape}, the parameter is "
+                    f"{ours}. Give the groups the stacked and split that they were saved with"
+                )
         state[key] = {name: AsSaved(value) for name, value in values.items()}
-    return {**state_dict, "state": state}
+    saved_groups = [
+        {**{k: v for k, v in saved.items() if k not in KIND_KEYS}, **{k: ours[k] for k in KIND_KEYS if k in ours}}
+        for saved, ours in zip(saved_groups, groups, strict=True)
+    ]
+    return {**state_dict, "state": state, "param_groups": saved_groups}
+
+
+def restored(keys: StateKeys, p: Any, key: str, value: Any) -> Any:
+    """A saved value as an optimizer keeps it: torch itself would have cast it to the parameter's dtype."""
+    if key == "step":
+        return torch.as_tensor(value, dtype=torch.float32).detach().to(keys.device_of_step(p), copy=True)
+    if not isinstance(value, Tensor) or not isinstance(p, Tensor):
+        return value
+    dtype = keys.dtype_of(p, key) if key in keys.coordinate else value.dtype
+    return value.detach().to(device=p.device, dtype=dtype, copy=True)
 
 
 #: Options of AdamW that say how it is run, and its betas and eps: the rule has its own.
@@ -148,7 +173,8 @@ def state_of_adamw(adamw: Any, groups: Sequence[Mapping[str, Any]], keys: StateK
             step = float(saved["step"])
             saved = {**saved, "step": torch.tensor(step, dtype=torch.float32, device="cpu")}
             check_fits(name_of(groups, (g, i)), p, saved, ("exp_avg", "exp_avg_sq"), ())
-            state = states[p] = keys.missing(p, {})
+            kind = TensorKind.of(ours)
+            state = states[p] = keys.missing(p, {}, (len(kind.parts(p)),) * kind.is_packed)
             state["step"].fill_(step)
             state["age"].fill_(step)
             for key, mine, other in zip(("exp_avg", "exp_avg_sq"), ours["betas"], theirs["betas"], strict=True):

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent / "learned_optim"
 LAYERS = (
     {"rule", "tasks", "plots"},
     {"policy", "engine"},
-    {"state_dict", "diagnostics"},
+    {"state_dict", "diagnostics", "groups"},
     {"optimizer"},
     {"meta_train", "bench"},
     {"cli"},

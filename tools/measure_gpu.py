@@ -1,9 +1,10 @@
-"""What the optimizer does on a GPU: agreement with the CPU, launches, nanoseconds per parameter, memory.
+"""What the optimizer does on a GPU: its graph, agreement with the CPU, launches, time, memory.
 
-    python tools/measure_gpu.py --out docs/gpu.json          # and docs/gpu.md
+    python tools/measure_gpu.py --out gpu-out/gpu.json       # and gpu-out/gpu.md
+    python tools/measure_gpu.py --show gpu-out/gpu.json      # as docs/gpu.json and docs/gpu.md
 
 Says nothing where there is no GPU. A section that fails is recorded, with its traceback, and the next one goes on;
-the files are written after every section.
+the files are written after every section. With ``--seconds`` no section is begun that is not expected to end in time.
 """
 
 from __future__ import annotations
@@ -23,11 +24,14 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # without installation
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+import gpu_sections
 import torch
+from gpu_sections import Run, difference, without_graph
 from torch import Tensor
 
 from learned_optim import LearnedOptimizer
@@ -38,7 +42,12 @@ SHAPES = [(), (0,), (3,), (512,), (1541,), (40, 130), (8, 3, 3, 3), (256, 1024),
 #: Optimizer of each way to run it, its device left open.
 WAYS = {"eager on the CPU": "eager", "eager on the GPU": "eager", "compiled on the GPU": "compiled"}
 #: Optimizers of which more than their time is told.
-SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", bench.ORTHOGONAL)
+WITHOUT = "ours, default without graph"
+SHOWN = (bench.REFERENCE, "AdamW (fused)", "ours, eager", "ours, compiled", bench.ORTHOGONAL, WITHOUT)
+DOCS = Path(__file__).resolve().parents[1] / "docs" / "gpu.json"
+#: What a host does to start work on a GPU, and to wait for it.
+LAUNCHES = ("cudaLaunchKernel", "cuLaunchKernel", "cudaMemcpyAsync", "cudaMemsetAsync", "cudaGraphLaunch")
+WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize")
 #: What the profiler shows as events on the GPU that are none.
 ANNOTATIONS = ("Optimizer.step", "Torch-Compiled Region", "## Call CompiledFxGraph", "ProfilerStep")
 FIRST_STEP = """
@@ -52,22 +61,6 @@ if sys.argv[1] == "cuda":
     torch.cuda.synchronize()
 print(time.perf_counter() - start, opt.backend, sep="|")
 """
-
-
-class Run(NamedTuple):
-    device: str
-    sizes: Sequence[int]  #: parameters of the single tensors
-    repeats: int
-    gpt: dict[str, int]  #: arguments of the GPT whose tensors are used
-    batch: int
-    length: int
-
-    def wait(self) -> None:
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-
-    def shapes(self) -> list[torch.Size]:
-        return [p.shape for p in bench.Gpt(**self.gpt).parameters()]
 
 
 def environment(run: Run) -> dict[str, Any]:
@@ -90,11 +83,6 @@ def _steps(optimizer: Any, params: list[Tensor], first: int, last: int, broken: 
         optimizer.step()
 
 
-def _difference(some: list[Tensor], others: list[Tensor]) -> float:
-    pairs = [[t.detach().cpu().double() for t in pair] for pair in zip(some, others, strict=True)]
-    return float(torch.stack([(a - b).abs().max() for a, b in pairs if a.numel()]).max())
-
-
 def agreement(run: Run) -> dict[str, Any]:
     """Largest differences of parameters after 10 steps, whose updates add up to some 0.01."""
     figures: dict[str, Any] = {}
@@ -109,8 +97,8 @@ def agreement(run: Run) -> dict[str, Any]:
             figures[f"how it ran {way}"] = optimizer.backend
         reference, eager, compiled = ends.values()
         what = " ".join(map(str, (dtype, *more)))
-        figures[f"{what}: eager, GPU - CPU"] = _difference(eager, reference)
-        figures[f"{what}: GPU, compiled - eager"] = _difference(compiled, eager)
+        figures[f"{what}: eager, GPU - CPU"] = difference(eager, reference)
+        figures[f"{what}: GPU, compiled - eager"] = difference(compiled, eager)
         again = _parameters(dtype, run.device)
         make = partial(LearnedOptimizer, again, backend=WAYS["compiled on the GPU"], **more)
         optimizer = make()
@@ -119,7 +107,7 @@ def agreement(run: Run) -> dict[str, Any]:
         optimizer = make()
         optimizer.load_state_dict(saved)
         _steps(optimizer, again, 5, 10)
-        figures[f"{what}: compiled, stopped and resumed - straight"] = _difference(again, compiled)
+        figures[f"{what}: compiled, stopped and resumed - straight"] = difference(again, compiled)
     for first, second in (("eager on the CPU", "compiled on the GPU"), ("compiled on the GPU", "eager on the CPU")):
         devices = ["cpu" if way.endswith("CPU") else run.device for way in (first, second)]
         params = _parameters(torch.float32, devices[0])
@@ -131,12 +119,12 @@ def agreement(run: Run) -> dict[str, Any]:
         _steps(resumed, moved, 5, 10)
         straight = _parameters(torch.float32, "cpu")
         _steps(LearnedOptimizer(straight, backend="eager"), straight, 0, 10)
-        figures[f"checkpoint from {first} to {second} - straight"] = _difference(moved, straight)
+        figures[f"checkpoint from {first} to {second} - straight"] = difference(moved, straight)
     for way, backend in list(WAYS.items())[1:]:
         clean, dirty = _parameters(torch.float32, run.device), _parameters(torch.float32, run.device)
         _steps(LearnedOptimizer(clean, backend=backend), clean, 0, 2)
         _steps(LearnedOptimizer(dirty, backend=backend), dirty, 0, 2, broken=5)
-        figures[f"{way}: NaN in one tensor, others differ by"] = _difference(
+        figures[f"{way}: NaN in one tensor, others differ by"] = difference(
             dirty[:5] + dirty[6:], clean[:5] + clean[6:]
         )
         figures[f"{way}: NaN in one tensor, it is hurt"] = bool(dirty[5].isnan().any())
@@ -161,17 +149,21 @@ def first_step(run: Run) -> dict[str, Any]:
 
 def _choose(*names: str) -> dict[str, Callable]:
     every = bench.contenders([torch.empty(8, 8)])
+    every[WITHOUT] = lambda params: without_graph(LearnedOptimizer(params, backend="compiled"))
     return {name: every[name] for name in names if name in every}
 
 
 def launches(run: Run) -> dict[str, Any]:
-    """Of one step of the GPT's tensors: kernels and copies on the GPU, time there, time until ``step`` returns."""
+    """Of one step of the GPT's tensors: kernels and copies on the GPU, time there, time until ``step`` returns.
+
+    Launches and waits of the host are those of its calls into CUDA's runtime, less the wait that ends the measurement.
+    """
     from torch.profiler import ProfilerActivity, profile
 
     figures: dict[str, Any] = {}
     for name, make in _choose(*SHOWN).items():
         optimizer, _ = bench._prepared(run.shapes(), make, run.device)
-        for _ in range(3):
+        for _ in range(gpu_sections.SETTLED):
             optimizer.step()
         host = []
         for _ in range(run.repeats):
@@ -191,9 +183,11 @@ def launches(run: Run) -> dict[str, Any]:
             of = longest.setdefault(event.name[:80], [0, 0.0])
             of[0] += 1
             of[1] += event.device_time_total / 1e3
-        waits = sum(e.name in ("cudaStreamSynchronize", "cudaDeviceSynchronize") for e in seen.events())
+        by_host = sum(e.name.startswith(LAUNCHES) for e in seen.events())
+        waits = max(0, sum(e.name.startswith(WAITS) for e in seen.events()) - 2)  # ours, and the profiler's
         figures[name] = {
-            "launches": len(events), "waits": waits, "host ms": sorted(host)[len(host) // 2] * 1e3,
+            "launches by the host": by_host, "kernels": len(events), "waits": waits,
+            "host ms": sorted(host)[len(host) // 2] * 1e3,
             "GPU ms": sum(ms for _, ms in longest.values()),
             "longest": dict(sorted(longest.items(), key=lambda item: -item[1][1])[:12]),
         }  # fmt: skip
@@ -203,10 +197,6 @@ def launches(run: Run) -> dict[str, Any]:
 
 def _case(shapes: Callable[[Run], Any]) -> Callable[[Run], Any]:
     return lambda run: bench.steps(shapes(run), run.repeats, run.device)
-
-
-def training(run: Run) -> dict[str, Any]:
-    return bench.training_steps(run.repeats, run.device, run.batch, run.length, SHOWN)
 
 
 def memory(run: Run) -> dict[str, Any]:
@@ -231,24 +221,40 @@ def memory(run: Run) -> dict[str, Any]:
 
 
 def sections(run: Run) -> dict[str, Callable[[Run], Any]]:
-    by_title = {"environment": environment, "agreement": agreement, "first step": first_step, "launches": launches}
-    by_title["steps, the GPT's tensors"] = _case(lambda run: run.shapes())
-    for number, size in enumerate(run.sizes):
+    """By title, the most telling first."""
+    by_title: dict[str, Callable[[Run], Any]] = {
+        "environment": environment,
+        "graph": gpu_sections.graph,
+        "launches": launches,
+        "training steps, GPT": lambda run: gpu_sections.training(run, run.gpt, False),
+        "training steps, GPT-2": lambda run: gpu_sections.training(run, run.gpt2, True),
+        "steps, the GPT's tensors": _case(lambda run: run.shapes()),
+    }
+    for number, size in reversed(list(enumerate(run.sizes))):
         by_title[f"steps, one tensor of {size:,}"] = _case(lambda run, n=number: [bench._matrix(run.sizes[n])])
-    return {**by_title, "training steps": training, "memory": memory}
+    last = {"memory": memory, "limits": gpu_sections.limits, "two-byte directions": gpu_sections.two_bytes}
+    last["agreement"] = agreement
+    return {**by_title, **last, "first step": first_step}
+
+
+#: What the page says before its figures; what nobody has measured is said in place of them.
+ABOUT = Path(__file__).with_name("gpu_about.md").read_text(encoding="utf-8")
+UNMEASURED = """**Not measured yet:** the graph, `capturable=True`, padded batches and two-byte directions. What
+follows is from before there were any: steps launched from the host one operation at a time.
+"""
 
 
 def markdown(results: dict[str, Any]) -> str:
-    about = "Made by `python tools/measure_gpu.py`. Steps in ns per parameter, training steps in ms."
-    lines = ["# On a GPU", "", about]
+    lines = [ABOUT, *([] if "graph" in results else [UNMEASURED]), "## Figures", ""]
+    lines += ["Made by `tools/measure_gpu.py`. Steps in ns per parameter, memory in MB.", ""]
     for title, section in results.items():
         rows = section.get("result", {"failed": section.get("error", "").strip().splitlines()[-1:]})
-        lines += ["", f"## {title} ({section['seconds']:.0f} s)", "", "|  |  |", "| --- | --- |"]
+        lines += [f"### {title} ({section['seconds']:.0f} s)", "", "|  |  |", "| --- | --- |"]
         for key, value in {**rows, **rows.get("optimizers", {})}.items():
             if key not in ("optimizers", "longest"):
                 lines.append(f"| {key} | {_cell(value)} |")
-        lines += [f"| warning | {text} |" for text in section.get("warnings", [])]
-    return "\n".join(lines) + "\n"
+        lines += [f"| warning | {text} |" for text in section.get("warnings", [])] + [""]
+    return "\n".join(lines).rstrip("\n").replace("\n\n\n", "\n\n") + "\n"
 
 
 def _cell(value: Any) -> str:
@@ -257,23 +263,41 @@ def _cell(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "/")
 
 
+def write(out: Path, results: dict[str, Any]) -> None:
+    """The figures, and the page beside them."""
+    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="gpu.json", help="JSON; the table is written beside it")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # "cpu" tries the script itself, in small
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no section after these")
+    parser.add_argument("--show", metavar="FILE", help="measure nothing: make docs/gpu.* of this file")
+    parser.add_argument("--docs", action="store_true", help="make docs/gpu.* of what was measured, in the end")
     parser.add_argument("--only", nargs="*", help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
+    if given.show:
+        write(DOCS, json.loads(Path(given.show).read_text(encoding="utf-8")))
+        return
     if given.device == "cuda" and not torch.cuda.is_available():
         return
-    run = Run(given.device, (10**6, 10**7, 10**8), given.repeats, {}, 8, 256)
+    gpt2 = {"width": 768, "layers": 12, "vocabulary": 50_304, "length": 1024}
+    run = Run(given.device, (10**6, 10**7, 10**8), given.repeats, {"length": 1024}, gpt2, 16, 1024)
     if given.device == "cpu":
-        run = Run("cpu", (1000, 3000), given.repeats, {"width": 8, "vocabulary": 50, "length": 8}, 1, 4)
+        small = {"width": 8, "layers": 2, "vocabulary": 50, "length": 8}
+        run = Run("cpu", (1000, 3000), given.repeats, small, small, 1, 4)
     out = Path(given.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {}
+    begun = time.perf_counter()
     for title, section in sections(run).items():
         if given.only and not title.startswith(tuple(given.only)):
+            continue
+        if time.perf_counter() - begun > given.seconds:
+            print(f"{title}: not begun, time is up", flush=True)
             continue
         start = time.perf_counter()
         row = results[title] = {}
@@ -285,12 +309,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 row["error"] = traceback.format_exc()
         row["seconds"] = time.perf_counter() - start
         row["warnings"] = sorted({str(w.message)[:500] for w in said})
-        out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        out.with_suffix(".md").write_text(markdown(results), encoding="utf-8")
+        write(out, results)
         print(f"{title}: {row['seconds']:.1f} s{', FAILED' if 'error' in row else ''}", flush=True)
         gc.collect()
         with contextlib.suppress(Exception):
             torch.cuda.empty_cache()
+    if given.docs:
+        write(DOCS, results)
 
 
 if __name__ == "__main__":

@@ -10,9 +10,11 @@ the pages say; in addition:
   run with ``--policies elementwise``;
 - ``iteration.json`` comes from ``tools/measure_iteration.py``. Until there is one, its figures are dashes;
 - ``habits.json`` is what ``learned-optim bench --suite habits`` writes;
-- ``nanogpt.json`` was measured outside this repository.
+- ``nanogpt.json`` was measured outside this repository;
+- ``scale/`` are the cells of ``learned-optim bench --suite scale``.
 
-``--check`` changes nothing and fails if a document is not current; ``--draw`` also draws docs/nanogpt.png.
+``--check`` changes nothing and fails if a document is not current; ``--draw`` also draws docs/nanogpt.png and
+docs/scale.png.
 """
 
 from __future__ import annotations
@@ -29,6 +31,7 @@ from statistics import geometric_mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import scale_tables
 import zoo_tables
 
 from learned_optim.bench import habits_report
@@ -300,7 +303,9 @@ def _paragraph(text: str) -> str:
 TABLES: dict[str, Callable[[Results], Table | str]] = {
     "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
     "meta_train_speed": meta_train_speed, "habits": habits, "zoo": zoo_tables.zoo, "users": zoo_tables.users,
-    "rivals": zoo_tables.rivals, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short, "nanogpt_how": nanogpt_how,
+    "rivals": zoo_tables.rivals, "scale": scale_tables.scale, "scale_losses": scale_tables.scale_losses,
+    "scale_runs": scale_tables.scale_runs, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
+    "nanogpt_how": nanogpt_how,
 }  # fmt: skip
 
 
@@ -400,7 +405,7 @@ def draw_nanogpt(results: Results, path: Path) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a document is not current")
-    parser.add_argument("--draw", action="store_true", help="draw docs/nanogpt.png, too")
+    parser.add_argument("--draw", action="store_true", help="draw docs/nanogpt.png and docs/scale.png, too")
     arguments = parser.parse_args()
     results, stale = Results(), []
     for path in DOCUMENTS:
@@ -416,6 +421,7 @@ def main() -> int:
         return int(bool(stale))
     if arguments.draw:
         draw_nanogpt(results, ROOT / "docs" / "nanogpt.png")
+        scale_tables.draw_scale(results, ROOT / "docs" / "scale.png")
     return 0
 
 

@@ -17,6 +17,7 @@ habits_report.py    its tables
 habits_plots.py     its picture
 config.py           what a run of the step suite is made of
 step.py             what a step costs
+scale/              speedup against the size of the model: a suite with a package of its own
 
 From Python::
 

@@ -92,7 +92,7 @@ def cell(row: list[float | None]) -> str:
 
 
 def card_block(values: Mapping[str, Any], contender: str, command: str = "") -> dict[str, Any]:
-    """The block ``habits`` of a policy's ``results.json``, see :mod:`learned_optim.policy.card`."""
+    """The block ``habits`` of a policy's ``results.json``, see :mod:`learned_optim.policy.results`."""
     rows = {section.title: dict(section.rows) for section in sections(values)}
 
     def shown(title: str, *labels: str) -> str:

@@ -88,13 +88,18 @@ class QualityConfig:
 
     def cache_folder(self) -> Path:
         """Where finished runs are kept."""
-        if self.cache is not None:
-            return self.cache.expanduser()
-        base = os.environ.get("XDG_CACHE_HOME", "")
-        # The specification asks to ignore relative paths.
-        return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "learned_optim" / "bench"
+        return cache_folder(self.cache)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field that shapes the figures (not the folder and the number of processes)."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
         return {k: v for k, v in values.items() if k not in ("cache", "processes")}
+
+
+def cache_folder(given: Path | None) -> Path:
+    """``given``, or ``learned_optim/bench`` in the user's cache."""
+    if given is not None:
+        return given.expanduser()
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    # The specification asks to ignore relative paths.
+    return (Path(base) if os.path.isabs(base) else Path.home() / ".cache") / "learned_optim" / "bench"

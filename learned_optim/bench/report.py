@@ -1,4 +1,4 @@
-"""What the quality suite shows: Markdown tables, and ``results.json`` as :mod:`learned_optim.policy.card` wants it."""
+"""What the quality suite shows: Markdown tables, and ``results.json`` (:mod:`learned_optim.policy.results`)."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 
 from learned_optim.bench.figures import Comparison, Summary, compare_all, summarise
 from learned_optim.bench.quality import FIXED, HELD_OUT, REFERENCE, Contender, QualityResult
-from learned_optim.policy.card import validate_results
 from learned_optim.policy.files import write_atomically
+from learned_optim.policy.results import validate
 
 DEFINITION = (
     "Speedup: steps the reference needs to reach its own final smoothed training loss / steps the contender needs to "
@@ -146,6 +146,7 @@ def results(result: QualityResult, contender: Contender | None = None, *, comman
         {
             "task": c.task, "split": splits[c.task] or None,
             "speedup": None if c.diverged else c.speedup, "spread": None if c.diverged else c.spread,
+            "time_ratio": c.time_ratio,
             "loss": c.loss, "reference_loss": c.reference_loss,
             "held_out_loss": c.held_out_loss, "reference_held_out_loss": c.reference_held_out_loss,
             "diverged": c.diverged > 0,
@@ -159,7 +160,7 @@ def results(result: QualityResult, contender: Contender | None = None, *, comman
     }  # fmt: skip
     own["evaluation"] = {key: value for key, value in made.items() if value is not None}
     own["quality"] = _everything(result)
-    validate_results(own)
+    validate(own)
     return own
 
 

@@ -23,6 +23,7 @@ from tyro.conf import arg
 from learned_optim.bench.config import StepBenchConfig
 from learned_optim.bench.habits_config import HabitsConfig
 from learned_optim.bench.quality_config import QualityConfig
+from learned_optim.bench.scale.config import ScaleConfig
 from learned_optim.cli.display import print_markdown
 from learned_optim.cli.errors import UsageError, with_flags
 
@@ -170,6 +171,44 @@ def run_habits_suite(config: HabitsConfig, out: Path, command: str) -> None:
     print(out)
 
 
+def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
+    """Make missing cells, and write the tables and the picture of all that are there into ``out``.
+
+    ``out`` then holds ``cells/`` with a file per finished run, ``checkpoints/`` of unfinished ones, ``table.md`` and
+    ``scale.png``. Nothing else is needed to go on: the same command makes what is missing.
+    """
+    from learned_optim.bench.quality import load_policies
+    from learned_optim.bench.scale.figures import by_model
+    from learned_optim.bench.scale.plan import Entry, listed
+    from learned_optim.bench.scale.report import markdown
+    from learned_optim.bench.scale.suite import Scale
+    from learned_optim.policy.files import write_atomically
+
+    def say(what: str, left: list[Entry]) -> None:
+        minutes = sum(entry.seconds for entry in left) / 60.0
+        print(f"{what}; {len(left)} cells missing, about {minutes:.0f} minutes", file=sys.stderr, flush=True)
+
+    scale = Scale(config, load_policies(config.policies), out)
+    try:
+        if not config.dry_run:
+            scale.run(say)
+    except KeyboardInterrupt:
+        print("interrupted: finished cells are kept, and the same command goes on from there", file=sys.stderr)
+        raise
+    print(listed(scale.queue()))
+    rows = by_model(scale.results, scale.shown(), config.rivals)
+    text = markdown(rows)
+    write_atomically(out / "table.md", text.encode())
+    print_markdown(text)
+    try:
+        from learned_optim.bench.scale.plots import draw
+
+        draw(rows, out / "scale.png")
+    except ImportError as error:
+        print(f"no picture: {error}", file=sys.stderr)
+    print(out)
+
+
 class Suite(NamedTuple):
     """A suite: the class of its options, and what runs it."""
 
@@ -181,6 +220,7 @@ SUITES = {
     "quality": Suite(QualityConfig, run_quality_suite),
     "habits": Suite(HabitsConfig, run_habits_suite),
     "step": Suite(StepBenchConfig, run_step_suite),
+    "scale": Suite(ScaleConfig, run_scale_suite),
 }
 
 

@@ -113,7 +113,7 @@ def print_card(lines: Sequence[str]) -> None:
         else:
             flush()
             if not line.startswith("```"):
-                print(line)
+                print(unescaped(line))
     flush()
 
 

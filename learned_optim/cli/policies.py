@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from learned_optim.policy.policy import Policy
 
 
-#: Beginnings of the lines of an evaluation that are no results.
+#: Beginnings of the lines of an evaluation that are no figures.
 _HOW_IT_WAS_MEASURED = ("- suite: ", "- reference: ", "- seeds: ", "- command: ")
 
 
@@ -86,7 +86,7 @@ def info(config: Info) -> None:
         print_table(rows, header=("family", "split", "what it is"))
         return
     _quiet_client()
-    from learned_optim.policy.card import architecture, evaluation, habits, notes, training
+    from learned_optim.policy.card import architecture, evaluation, habits, notes, summary, training
     from learned_optim.policy.hub import PullOptions
     from learned_optim.policy.resolve import resolve
 
@@ -101,6 +101,7 @@ def info(config: Info) -> None:
         "How it was made": training(results),
         "How it was measured": how,
         "Results": [line for line in measured if line not in how],
+        "Over all tasks": summary(results) if (results.get("evaluation") or {}).get("tasks") else [],
         "Habits": habits(results),
     }
     print(stored.source)

@@ -5,11 +5,16 @@ head.py             the tensor head over many tensors at once
 auto.py             which backend runs: ``make_backend``
 eager.py            plain torch operations
 native.py           compiled C++, on CPUs; native_library.py makes it of the rule, through codegen.py and *.cpp
+native_matrices.py  orthogonalising in C++
 compiled.py         what torch.compile makes of the rule, on GPUs; kernels.py makes it
+graph.py            the whole step as one CUDA graph; device_scalars.py: the numbers that change with every step
+products.py         matrix products as GPUs like them
 packing.py          small tensors side by side in one vector
-param_state.py      one parameter with gradient and state, as backends see it
+kinds.py            what a group says its tensors are: stacks, packed matrices, roles
+param_state.py      one tensor with gradient and state, as backends see it
 collect.py          what a step updates: groups checked, state completed and kept from step to step
 state_checks.py     whether state belongs to its parameter
 hyperparameters.py  parameter groups: checks, and the hyperparameters of a step
 sharding.py         parameters spread over processes
+cut_matrices.py     orthogonalising a matrix of which several processes hold parts
 """

@@ -12,7 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.engine.device_scalars import contexts_on_gpu
 from learned_optim.engine.hyperparameters import StepContext, of_groups
+from learned_optim.engine.kinds import Part, TensorKind, kinds_of
 from learned_optim.engine.param_state import (
     GUARDED_TENSOR_KEYS,
     SKIPPED,
@@ -22,8 +24,7 @@ from learned_optim.engine.param_state import (
     arithmetic_dtype,
     uncount,
 )
-from learned_optim.engine.sharding import origin
-from learned_optim.engine.state_checks import Named, StateMismatch, check_apart, check_fits, check_param
+from learned_optim.engine.state_checks import Named, StateMismatch, check_apart, check_fits, check_param, check_sparse
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.types import Hyperparameters
 
@@ -37,16 +38,23 @@ class StateKeys(NamedTuple):
     """What is kept for each parameter, and how."""
 
     coordinate: tuple[str, ...]  #: shaped like the parameter
-    tensor: tuple[str, ...]  #: without dimensions
+    tensor: tuple[str, ...]  #: without dimensions; with one where the parameter holds several tensors
     state_dtype: torch.dtype | None  #: see :class:`learned_optim.LearnedOptimizer`
     counts_skipped: bool
+    on_gpu: bool = False  #: step counts too: see ``capturable``
 
     @classmethod
     def of(
-        cls, config: PolicyConfig, state_dtype: torch.dtype | None, safeguard: bool, counts_skipped: bool
+        cls,
+        config: PolicyConfig,
+        state_dtype: torch.dtype | None,
+        safeguard: bool,
+        counts_skipped: bool,
+        capturable: bool = False,
     ) -> StateKeys:
         coordinate = ("exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(config.hidden_size)))
-        return cls(coordinate, GUARDED_TENSOR_KEYS if safeguard else TENSOR_KEYS, state_dtype, counts_skipped)
+        tensor = GUARDED_TENSOR_KEYS if safeguard else TENSOR_KEYS
+        return cls(coordinate, tensor, state_dtype, counts_skipped, capturable)
 
     def dtype_of(self, p: Tensor, key: str) -> torch.dtype:
         """Of a state tensor of a parameter."""
@@ -58,26 +66,50 @@ class StateKeys(NamedTuple):
             return torch.promote_types(real, torch.float32).to_complex()
         return real
 
-    def missing(self, p: Tensor, state: Mapping[str, Tensor]) -> State:
-        """Of a parameter without state all of it; else what state that was saved with other options does not have."""
+    def device_of_step(self, p: Tensor) -> torch.device:
+        return p.device if self.on_gpu else torch.device("cpu")
+
+    def missing(self, p: Tensor, state: Mapping[str, Tensor], numbers: Sequence[int] = ()) -> State:
+        """Of a parameter without state all of it; else what state that was saved with other options does not have.
+
+        Args:
+            p: the parameter.
+            state: what there is.
+            numbers: shape of the per-tensor state.
+        """
         new: State = {}
         if not state:
-            new["step"] = torch.tensor(0.0, dtype=torch.float32, device="cpu")
+            new["step"] = torch.zeros(numbers, dtype=torch.float32, device=self.device_of_step(p))
             for key in self.coordinate:
                 new[key] = torch.zeros_like(p, dtype=self.dtype_of(p, key))
         for key in self.tensor if not state else {"trust"}.intersection(self.tensor).difference(state):
-            new[key] = torch.zeros((), dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
+            new[key] = torch.zeros(numbers, dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         if self.counts_skipped and SKIPPED not in state:
-            new[SKIPPED] = torch.zeros((), dtype=torch.float32, device=p.device)
+            new[SKIPPED] = torch.zeros(numbers, dtype=torch.float32, device=p.device)
         return new
+
+
+#: Group and position in it, of a parameter.
+_Place = tuple[int, int]
+
+
+class _Known(NamedTuple):
+    """A parameter as the tensors that it holds."""
+
+    kind: TensorKind  #: that its group had
+    tensors: list[ParamState]  #: one or more
+
+    def is_of(self, kind: TensorKind, p: Tensor, state: State, grad: Tensor) -> bool:
+        return (kind is self.kind or kind == self.kind) and self.tensors[0].is_of(p, state, grad)
 
 
 class _New(NamedTuple):
     """A parameter that is not as it was in the last step."""
 
-    index: ParamIndex
+    place: _Place
     p: Tensor
-    params: list[ParamState]  #: to be put in there ...
+    kind: TensorKind
+    known: list[_Known]  #: to be put in there ...
     position: int  #: ... here
 
 
@@ -86,16 +118,16 @@ class Collector:
 
     Args:
         keys: of their state.
-        with_origin: whether it matters where a shard begins.
+        orthogonal: whether matrices are orthogonalised.
     """
 
-    def __init__(self, keys: StateKeys, with_origin: bool) -> None:
-        self.keys, self.with_origin = keys, with_origin
+    def __init__(self, keys: StateKeys, orthogonal: bool) -> None:
+        self.keys, self.orthogonal = keys, orthogonal
         self.names: Mapping[ParamIndex, str] = {}  #: of what was updated so far; replaced, never changed
-        self._kept: dict[ParamIndex, ParamState] = {}
+        self._kept: dict[_Place, _Known] = {}
 
     def collect(self, groups: Groups, states: MutableMapping[Tensor, State]) -> list[ParamState]:
-        """All parameters that have a gradient, with gradient and step, which has been counted.
+        """All tensors that have a gradient, with gradient and step, which has been counted.
 
         Args:
             groups: the optimizer's.
@@ -106,45 +138,57 @@ class Collector:
                 state. Nothing has been changed then.
             TypeError, ValueError: a hyperparameter that is no number, or out of range; nothing has been changed.
         """
-        hypers = of_groups(groups)
+        hypers, kinds = of_groups(groups, read=not self.keys.on_gpu), kinds_of(groups)
         if len(self._kept) > sum(len(group["params"]) for group in groups):
             self._kept.clear()  # of parameters that are no longer here, among them
-        with_grads: list[tuple[list[ParamState], list[Tensor]]] = []  # in each group, and their gradients
+        with_grads: list[tuple[list[_Known], list[Tensor]]] = []  # in each group, and their gradients
         new: list[_New] = []
         kept = self._kept
-        for g, group in enumerate(groups):
-            params: list[ParamState] = []
+        for g, (group, kind) in enumerate(zip(groups, kinds, strict=True)):
+            params: list[_Known] = []
             grads: list[Tensor] = []
             for i, p in enumerate(group["params"]):
                 grad = p.grad
                 if grad is None:
                     continue
+                place = (g, i)
                 if grad.layout is not torch.strided:
-                    raise RuntimeError(
-                        f"LearnedOptimizer does not support sparse gradients (parameter of shape {tuple(p.shape)}, "
-                        f"gradient layout {grad.layout}); use sparse=False in the embedding"
-                    )
-                index = (g, i)
-                state, known = states.get(p), kept.get(index)
-                if known is None or state is None or not known.is_of(p, state, grad):
-                    check_param(name_of(groups, index), p, grad)
-                    new.append(_New(index, p, params, len(params)))
+                    check_sparse(name_of(groups, place), p, grad, kind.is_packed)
+                state, known = states.get(p), kept.get(place)
+                if known is None or state is None or not known.is_of(kind, p, state, grad):
+                    check_param(name_of(groups, place), p, grad)
+                    new.append(_New(place, p, kind, params, len(params)))
                 params.append(known)  # pyright: ignore[reportArgumentType] -- a new one is put in its place
                 grads.append(grad)
             with_grads.append((params, grads))
         if new:
             self._look_at(new, groups, states)
+        by_group: list[list[ParamState]] = []
         for group, (params, grads) in zip(groups, with_grads, strict=True):
-            maximize = group["maximize"]
-            for param, grad in zip(params, grads, strict=True):
-                param.set_grad(grad, maximize)
-        by_group = [params for params, _ in with_grads]
+            maximize, of_group = group["maximize"], []
+            for (_, tensors), grad in zip(params, grads, strict=True):
+                if grad.layout is not torch.strided:
+                    of_group.append(tensors[0].of_rows(grad, maximize))
+                    continue
+                own = tensors[0].own_grad(grad, maximize)
+                for tensor in tensors:
+                    tensor.set_grad(own)
+                of_group += tensors
+            by_group.append(of_group)
         self._count(by_group, hypers)
         return list(itertools.chain.from_iterable(by_group))
 
     def _count(self, by_group: Sequence[Sequence[ParamState]], hypers: Sequence[Hyperparameters]) -> None:
         """Count the step of each parameter, and tell it its context."""
         counts = [p.count for params in by_group for p in params]
+        if self.keys.on_gpu:
+            for hyper, params in zip(hypers, by_group, strict=True):
+                if params:
+                    of_group = [p.count for p in params]
+                    torch._foreach_add_(of_group, 1.0)  # pyright: ignore[reportPrivateImportUsage]
+                    for p, context in zip(params, contexts_on_gpu(of_group, hyper), strict=True):
+                        p.context = context
+            return
         if counts:
             torch._foreach_add_(counts, _ONE, alpha=1.0)  # pyright: ignore[reportPrivateImportUsage]
         contexts: dict[Hyperparameters, dict[float, StepContext]] = {}
@@ -166,39 +210,75 @@ class Collector:
     def _look_at(self, new: Sequence[_New], groups: Groups, states: MutableMapping[Tensor, State]) -> None:
         """Check parameters that are not as they were in the last step, complete their state and keep them."""
         complete: dict[Tensor, State] = {}
-        made: dict[ParamIndex, Named] = {}
-        for index, p, _, _ in new:
+        made: dict[_Place, list[Named]] = {}
+        for place, p, kind, _, _ in new:
+            name, parts = name_of(groups, place), parts_of(groups, place, kind, p)
+            numbers = (len(parts),) * kind.is_packed
             if p not in complete:  # one that is given twice
                 state = states.get(p) or {}
-                complete[p] = {**state, **self.keys.missing(p, state)}
-            name = name_of(groups, index)
+                complete[p] = {**state, **self.keys.missing(p, state, numbers)}
             if states.get(p):
-                check_fits(name, p, complete[p], self.keys.coordinate, self.keys.tensor)
-            begins = origin(p) if self.with_origin else (0, 0)
-            made[index] = Named(name, ParamState(p, complete[p], self.keys.coordinate, self.keys.tensor, index, begins))
-        check_apart([*made.values(), *self._others(made, groups, states)])
+                check_fits(name, p, complete[p], self.keys.coordinate, self.keys.tensor, numbers)
+            made[place] = [
+                Named(
+                    f"{name}[{k}]" if kind.is_packed else name,
+                    ParamState(p, complete[p], self.keys.coordinate, self.keys.tensor, (*place, k), part),
+                )
+                for k, part in enumerate(parts)
+            ]
+            if self.orthogonal and any(one.param.is_cut_late for one in made[place]):
+                raise RuntimeError(
+                    f"parameter {name!r} of shape {tuple(p.shape)} was cut along a later dimension than 0 and 1"
+                )
+        check_apart([*(one for tensors in made.values() for one in tensors), *self._others(made, groups, states)])
         for p, state in complete.items():
             states.setdefault(p, {}).update(state)
-        self._kept.update((index, one.param) for index, one in made.items())
-        for index, _, group, position in new:
-            group[position] = made[index].param
-        self.names = {**self.names, **{index: one.name for index, one in made.items()}}
+        for place, _, kind, group, position in new:
+            group[position] = self._kept[place] = _Known(kind, [one.param for one in made[place]])
+        names = {one.param.param_index: one.name for tensors in made.values() for one in tensors}
+        self.names = {**self.names, **names}
 
     def _others(
-        self, made: Mapping[ParamIndex, Named], groups: Groups, states: Mapping[Tensor, State]
+        self, made: Mapping[_Place, list[Named]], groups: Groups, states: Mapping[Tensor, State]
     ) -> Iterator[Named]:
         """What was kept besides, of parameters that are still where they were, as they were."""
-        for index, param in self._kept.items():
-            group, position = index
-            if index in made or group >= len(groups) or position >= len(groups[group]["params"]):
+        for place, known in self._kept.items():
+            group, position = place
+            if place in made or group >= len(groups) or position >= len(groups[group]["params"]):
                 continue
             p = groups[group]["params"][position]
-            if param.is_of(p, states.get(p, {}), p):
-                yield Named(self.names[index], param)
+            if known.tensors[0].is_of(p, states.get(p, {}), p):
+                yield Named(name_of(groups, place), known.tensors[0])
 
 
-def name_of(groups: Groups, index: ParamIndex) -> str:
+def name_of(groups: Groups, place: tuple[int, int]) -> str:
     """The parameter's own name where it was given with one, else group and position in it."""
-    group, position = index
+    group, position = place
     names = groups[group].get("param_names") or ()
     return names[position] if position < len(names) else f"{group}.{position}"
+
+
+def parts_of(groups: Groups, place: tuple[int, int], kind: TensorKind, p: Tensor) -> tuple[Part, ...]:
+    """The tensors that a parameter holds.
+
+    Raises:
+        ValueError: its shape does not allow for what its group says; nothing was changed.
+    """
+    try:
+        return kind.parts(p)
+    except ValueError as error:
+        raise ValueError(f"{error} (parameter {name_of(groups, place)!r}; nothing was changed)") from error
+
+
+def check_added(groups: list[dict[str, Any]]) -> None:
+    """Take the last group out again if its tensors cannot be what it says.
+
+    Raises:
+        TypeError, ValueError: those of :class:`TensorKind`.
+    """
+    group = groups.pop()
+    kind = TensorKind.of(group)
+    for p in group["params"]:
+        if kind.is_packed:
+            kind.parts(p)
+    groups.append(group)

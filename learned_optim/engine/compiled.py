@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import torch
@@ -12,12 +12,15 @@ from learned_optim.engine.head import TensorHead, head_pass
 from learned_optim.engine.kernels import WIDTH, Kernels, Kind, compiled_head, flat_weights, kernels
 from learned_optim.engine.packing import COPIED, Packing, bins, limit, packing, to_device
 from learned_optim.engine.param_state import FlatViews, Format, ParamState, arithmetic_dtype, format_of, piece_of
+from learned_optim.engine.products import directions_dtype
 from learned_optim.engine.step import Bucket
 from learned_optim.rule.types import TensorSums
 
 #: Tensors of fewer rows than this are copied as a whole, on CPUs (kernels take two rows or more) and on GPUs, where the
 #: launches of one tensor take as long as copying a million coordinates.
 IN_PLACE, IN_PLACE_ON_GPU = 2, 2048
+#: Bytes, a multiple of which kernels on GPUs take addresses for.
+ALIGNMENT = 16
 
 
 class CompiledBackend:
@@ -50,10 +53,11 @@ class CompiledBackend:
         kinds: dict[tuple[Format, bool], list[ParamState]] = {}
         for p in params:
             if p.numel > 0:
-                as_matrix = self.settings.matrix_shape(p.shape) is not None
+                as_matrix = self.settings.matrix_shape(p.shape, p.role) is not None
                 form = p.format
                 if as_matrix:
-                    form = format_of(form.device, arithmetic_dtype(form.param), form.grad, form.state)
+                    directions = directions_dtype(arithmetic_dtype(form.param), form.device)
+                    form = format_of(form.device, directions, form.grad, form.state)
                 kinds.setdefault((form, as_matrix), []).append(p)
         for (form, as_matrix), alike in kinds.items():
             all_views = (self.views(p, as_matrix) for p in alike)
@@ -82,7 +86,8 @@ class _Views:
     def __init__(self, param: ParamState, as_matrix: bool) -> None:
         flat = FlatViews(param, in_order=as_matrix)
         self.param, self.as_matrix, self.copied = param, as_matrix, flat if flat.copied else None
-        self.split = rows, rest = _split(param.numel, param.format.device)
+        aligned = _aligned(flat.tensors)
+        self.split = rows, rest = _split(param.numel, param.format.device) if aligned else (0, param.numel)
         self.in_place = flat.piece(0, rows, WIDTH) if rows else []
         self.tail = flat.piece(rows * WIDTH, rest) if rest else []
         self.size = max(param.numel if flat.copied or as_matrix else 0, -(-rest // WIDTH) * WIDTH)  #: that is copied
@@ -124,6 +129,11 @@ def _split(numel: int, device: torch.device) -> tuple[int, int]:
     return (rows, numel - rows * WIDTH) if rows >= fewest else (0, numel)
 
 
+def _aligned(tensors: Iterable[Tensor]) -> bool:
+    """Whether kernels may be run on their memory: not on pieces of a parameter that begin just anywhere."""
+    return all(t.storage_offset() * t.element_size() % ALIGNMENT == 0 for t in tensors)
+
+
 class _Plan:
     """Which rows belong to which tensor: first the rows of each tensor in place, then the copied ones.
 
@@ -144,7 +154,11 @@ class _Plan:
             self.packing = packing(tuple([split[k][1] for k in self.copied]), WIDTH, device, spare * WIDTH)
             self.pieces.append(self.packing.total // WIDTH)
         of_rows = torch.tensor(owners).repeat_interleave(torch.tensor(lengths))
-        self.owners, self.owner_of_row = torch.tensor(owners, device=device), of_rows.to(device)
+        self.owner_of_row = of_rows.to(device)
+        # Where the sums of each tensor are, those in place and those copied; of what it has none, a column of zeros.
+        columns = [{k: i for i, k in enumerate(owners) if (i < len(self.in_place)) == here} for here in (True, False)]
+        sources = [[by_owner.get(k, len(owners)) for k in range(len(split))] for by_owner in columns]
+        self.sources = torch.tensor(sources, device=device).flatten()
         self.lengths = torch.tensor(lengths * len(TensorSums._fields), device=device)  #: of each sum's rows
 
 
@@ -191,8 +205,9 @@ class _Rows:
         # waited for without `unsafe`.
         rows = torch.cat(sums, 1).double().flatten()
         by_piece = torch.segment_reduce(rows, "sum", lengths=plan.lengths, unsafe=True).view(len(sums[0]), -1)
-        by_param = by_piece.new_zeros(len(by_piece), len(self.params)).index_add_(1, plan.owners, by_piece)
-        return TensorSums(*by_param.unbind())
+        with_zeros = torch.nn.functional.pad(by_piece, (0, 1))
+        in_place, copied = with_zeros.index_select(1, plan.sources).chunk(2, 1)
+        return TensorSums(*(in_place + copied).unbind())
 
     def apply(self, coefficients: Tensor) -> list[Tensor]:
         by_param = coefficients.T.to(self.scalars[0].dtype).contiguous()

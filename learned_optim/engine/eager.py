@@ -59,7 +59,7 @@ class EagerBackend:
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
         small: dict[tuple, list[ParamState]] = {}
         for p in params:
-            as_matrix = self.settings.matrix_shape(p.shape) is not None
+            as_matrix = self.settings.matrix_shape(p.shape, p.role) is not None
             if p.numel > limit(SMALL, p.format.device):
                 yield _Large(self, p, as_matrix)
             elif p.numel > 0:

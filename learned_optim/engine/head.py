@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from learned_optim.engine.packing import copy_all, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
-from learned_optim.rule.layouts import TensorShapes, indices_by
+from learned_optim.rule.layouts import Role, TensorShapes, indices_by
 from learned_optim.rule.types import Coefficients, Spread, TensorState, TensorSums
 
 #: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
@@ -53,10 +53,25 @@ class StepRecord(NamedTuple):
 HeadPass = Callable[[list[ParamState], TensorSums], tuple[Tensor, list[StepRecord]]]
 
 
+class Orthogonalizer(Protocol):
+    """Orthogonalises directions in place."""
+
+    def takes(self, param: ParamState, d: Tensor) -> bool:
+        """Whether this is for the direction, [numel], of a whole matrix."""
+        ...
+
+    def __call__(self, params: Sequence[ParamState], directions: Sequence[Tensor], shares: Sequence[Tensor]) -> Tensor:
+        """By how much each was damped, [K]; see :func:`learned_optim.rule.orthogonalize.orthogonalize`."""
+        ...
+
+
 @lru_cache(maxsize=256)
-def _padded_shapes(shapes: tuple[torch.Size, ...], device: torch.device) -> TensorShapes:
+def _padded_shapes(
+    shapes: tuple[torch.Size, ...], roles: tuple[Role | None, ...], device: torch.device
+) -> TensorShapes:
     """Of K tensors, and of as many empty ones as make K a multiple of ``COLUMNS``."""
-    return TensorShapes.of((*shapes, *[torch.Size((0,))] * (-len(shapes) % COLUMNS)), device)
+    spare = -len(shapes) % COLUMNS
+    return TensorShapes.of((*shapes, *[torch.Size((0,))] * spare), device, (*roles, *[None] * spare))
 
 
 def head_pass(
@@ -81,6 +96,8 @@ class TensorHead:
         self.compiled: dict[torch.device, Callable] = {}  #: in place of :func:`head_pass`
         #: Moves parameters of a dtype along directions, on CPUs.
         self.moves: dict[torch.dtype, Callable[[list[ParamState], list[Tensor]], None]] = {}
+        #: Of directions on CPUs, by their dtype.
+        self.orthogonalizers: dict[torch.dtype, Orthogonalizer] = {}
         self.native: dict[torch.dtype, HeadPass] = {}  #: in place of all of it, on CPUs, by the dtype of the arithmetic
         self._weights: dict[torch.device, dict[str, Tensor]] = {}
         self._buffers: dict[tuple[int, torch.device], tuple[Tensor, list[Tensor]]] = {}
@@ -102,8 +119,10 @@ class TensorHead:
 
     def _run(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, list[StepRecord]]:
         device, count = sums.u_u.device, len(params)
-        tensor_shapes = _padded_shapes(tuple([p.shape for p in params]), device)
+        tensor_shapes = _padded_shapes(tuple([p.shape for p in params]), tuple([p.role for p in params]), device)
         spare = len(tensor_shapes.numel) - count
+        if any(p.rows is not None for p in params):
+            tensor_shapes = tensor_shapes.counting([p.counted for p in params] + [1] * spare)
         padded = TensorSums(*torch.nn.functional.pad(torch.stack(sums), (0, spare)).unbind())
         scalars = [value for field in zip(*(p.tensor_state for p in params), strict=True) for value in field]
         matrix, views = self._buffer(len(scalars) // count, count, device)

@@ -15,10 +15,14 @@ from learned_optim.rule.types import Hyperparameters, StepScalars
 _PLAIN = frozenset((float, int))
 
 
-def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
+def hyperparameters(group: Mapping[str, Any], read: bool = True) -> Hyperparameters:
     """Those of a parameter group, as floats; each tensor is read once, which waits for a GPU.
 
     Called in every step, since anything may have been written into a group: plain numbers in range take a microsecond.
+
+    Args:
+        group: of the optimizer.
+        read: without, tensors on a GPU stay what they are, unchecked, as steps need that are captured in a CUDA graph.
 
     Raises:
         TypeError, ValueError: those of torch.optim, for the first hyperparameter that is no number or out of range.
@@ -35,15 +39,15 @@ def hyperparameters(group: Mapping[str, Any]) -> Hyperparameters:
             and 0.0 <= weight_decay < math.inf
         ):
             return Hyperparameters(float(lr), float(beta1), float(beta2), float(eps), float(weight_decay))
-    return _looked_at_closely(group)
+    return _looked_at_closely(group, read)
 
 
-def of_groups(groups: Iterable[Mapping[str, Any]]) -> list[Hyperparameters]:
+def of_groups(groups: Iterable[Mapping[str, Any]], read: bool = True) -> list[Hyperparameters]:
     """:func:`hyperparameters` of each; errors say of which."""
     found = []
     for number, group in enumerate(groups):
         try:
-            found.append(hyperparameters(group))
+            found.append(hyperparameters(group, read))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in param_groups[{number}]; nothing was changed)") from error
     return found
@@ -75,39 +79,46 @@ def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dic
     return {**group, "policy": ours}
 
 
-def _looked_at_closely(group: Mapping[str, Any]) -> Hyperparameters:
+def _looked_at_closely(group: Mapping[str, Any], read: bool) -> Hyperparameters:
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError("Tensor lr must be 1-element")
-    rate = _number("learning rate", lr)
+    rate = _number("learning rate", lr, read)
     betas = group["betas"]
     if not isinstance(betas, Iterable) or isinstance(betas, str) or len(betas := tuple(betas)) != 2:
         raise ValueError(f"Invalid betas: {betas!r}; expected two numbers or None")
     if len({isinstance(beta, Tensor) for beta in betas}) > 1:
         raise ValueError("betas must be either both floats or both Tensors")
-    beta1, beta2 = (_number(f"beta parameter at index {i}", beta, below=1.0) for i, beta in enumerate(betas))
-    eps = _number("epsilon value", group["eps"])
-    weight_decay = _number("weight_decay value", group["weight_decay"])
+    beta1, beta2 = (_number(f"beta parameter at index {i}", beta, read, below=1.0) for i, beta in enumerate(betas))
+    eps = _number("epsilon value", group["eps"], read)
+    weight_decay = _number("weight_decay value", group["weight_decay"], read)
     if group["maximize"] not in (True, False):
         raise TypeError(f"Invalid maximize: {group['maximize']!r}; expected True or False")
     return Hyperparameters(rate, beta1, beta2, eps, weight_decay)
 
 
-def _number(what: str, value: Any, below: float = math.inf) -> float:
+def _number(what: str, value: Any, read: bool, below: float = math.inf) -> Any:
     if isinstance(value, bool) or not isinstance(value, Real | Tensor):
         raise TypeError(f"Invalid {what}: {value!r} ({type(value).__name__}); expected a number")
     if isinstance(value, Tensor) and value.numel() != 1:
         raise ValueError(f"Invalid {what}: a Tensor of shape {tuple(value.shape)}; expected 1 element")
+    if not read and isinstance(value, Tensor) and _is_on_gpu(value):
+        return value.detach().double().view(())
     number = float(value.detach() if isinstance(value, Tensor) else value)
     if not 0.0 <= number < below:
         raise ValueError(f"Invalid {what}: {value}")
     return number
 
 
+def _is_on_gpu(value: Tensor) -> bool:
+    return value.device.type != "cpu"
+
+
 class StepContext:
     """A step t >= 1 under some hyperparameters; equal ones are the same object within a step."""
 
     def __init__(self, step: float, hyper: Hyperparameters) -> None:
-        self.step, self.hyper = step, hyper
+        self.step: Any = step  # a number; on a device a 0-d tensor
+        self.hyper = hyper
         self.scalars = StepScalars.at(step, hyper)
         self.for_directions = self.scalars.for_directions()

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 struct bf16 { uint16_t raw; };
@@ -148,4 +149,5 @@ extern "C" void move_along(int64_t count, const int64_t* sizes, const int64_t* p
     }
   });
 }
+%(orthogonalize)s
 %(heads)s

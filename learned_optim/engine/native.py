@@ -16,6 +16,7 @@ from torch.autograd.graph import increment_version
 from learned_optim.engine.head import StepRecord, TensorHead
 from learned_optim.engine.hyperparameters import StepContext
 from learned_optim.engine.native_library import CompilationError, Kind, library
+from learned_optim.engine.native_matrices import NativeMatrices, at
 from learned_optim.engine.packing import COPIED, bins
 from learned_optim.engine.param_state import FlatViews, Format, ParamState, arithmetic_dtype
 from learned_optim.engine.step import Bucket
@@ -55,6 +56,7 @@ class NativeBackend:
             dtype = arithmetic_dtype(form.param)
             if dtype not in self.head.native:
                 self.head.native[dtype] = _NativeHead(self.head, made, dtype)
+                self.head.orthogonalizers[dtype] = NativeMatrices(made, self.settings)
             self.head.moves.setdefault(form.param, partial(_move_along, made))
 
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
@@ -63,7 +65,8 @@ class NativeBackend:
             if p.numel == 1 and p.grad.is_neg():  # an imaginary part of autograd's; larger ones are copied, having gaps
                 p.grad = p.grad.resolve_neg()
             if p.numel > 0:
-                kinds.setdefault((p.format, self.settings.matrix_shape(p.shape) is not None), []).append(p)
+                as_matrix = self.settings.matrix_shape(p.shape, p.role) is not None
+                kinds.setdefault((p.format, as_matrix), []).append(p)
         for (form, as_matrices), alike in kinds.items():
             self.load(form)
             group = self._group((form, as_matrices, 0), alike)
@@ -234,7 +237,8 @@ class _HeadGroup(_Same):
         super().__init__(params)
         self.indices = [p.param_index for p in params]
         self.keys = len(params[0].tensor_state)
-        self.shapes = TensorShapes.of([p.shape for p in params])
+        shapes = TensorShapes.of([p.shape for p in params], roles=[p.role for p in params])
+        self.shapes = shapes.counting([p.counted for p in params])
         self._state = [t for p in params for t in p.tensor_state]
         self._lay = [t.data_ptr() for t in self._state]
         used = [t.to("cpu", dtype) for t in self._state]  # mostly the same tensors
@@ -289,8 +293,3 @@ def contexts_of(params: list[ParamState]) -> tuple[list[StepContext], array]:
 def scalars_of(contexts: list[StepContext]) -> array:
     """Those of each context, one after the other."""
     return array("d", [float(x) for context in contexts for x in context.scalars])
-
-
-def at(values: array) -> int:
-    """The address of the first one."""
-    return values.buffer_info()[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from typing import Any, TypeVar
 
 import torch
@@ -50,7 +51,17 @@ def stacked_tensors(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A tensor of them, without waiting for what a GPU still has to do."""
+    """A tensor of them, without waiting for what a GPU still has to do.
+
+    Numbers, or rows of them. They may be 0-d tensors of the device already, the first of them then is one: a CUDA graph
+    reads the numbers of each step there (:mod:`learned_optim.engine.device_scalars`).
+    """
+    nested = isinstance(values[0], tuple | list)
+    first = values[0][0] if nested else values[0]
+    if isinstance(first, Tensor):
+        flat = list(chain.from_iterable(values)) if nested else values
+        tensors = [x if isinstance(x, Tensor) else torch.full_like(first, x) for x in flat]
+        return torch.stack(tensors).to(dtype).view(len(values), *[-1] * nested)
     if device.type != "cuda":
         return torch.tensor(values, dtype=dtype, device=device)
     return torch.tensor(values, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

@@ -1,11 +1,13 @@
-"""A parameter with its gradient and state as backends see them: real, of this process, kept from step to step.
+"""A tensor with its gradient and state as backends see them: real, of this process, kept from step to step.
 
+It is a parameter, or one of several tensors that a parameter holds (:mod:`learned_optim.engine.kinds`).
 Looking at every tensor anew in each step takes longer than the arithmetic of a small one. A :class:`ParamState` is
 therefore kept as long as parameter and state are the same tensors at the same addresses; only gradient and step change.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +19,9 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.hyperparameters import StepContext
-from learned_optim.engine.sharding import gradient_as, is_dtensor, local, real_shape
+from learned_optim.engine.kinds import Part
+from learned_optim.engine.sharding import gradient_as, is_dtensor, local, offset_of
+from learned_optim.rule.layouts import Role
 from learned_optim.rule.types import TensorState
 
 #: Keys of the per-tensor state, with a safeguard and without.
@@ -25,8 +29,8 @@ GUARDED_TENSOR_KEYS = TensorState._fields
 TENSOR_KEYS = tuple(key for key in GUARDED_TENSOR_KEYS if key != "trust")
 #: Key of the count of steps that were left out because of a gradient that was not finite, where that is done.
 SKIPPED = "skipped"
-#: Group and position in it.
-ParamIndex = tuple[int, int]
+#: Group, position in it, and number of the tensor in the parameter: 0 where it is the parameter.
+ParamIndex = tuple[int, int, int]
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +60,15 @@ class CachedViews(Protocol):
 
 
 class ParamState:
-    """One parameter's tensors, real, with any strides; state tensors are shaped like the parameter.
+    """One tensor of the rule with its state, real, with any strides; state tensors are shaped like the parameter.
 
     Args:
         of: the parameter, which may be complex or spread over processes.
         state: its state.
         keys: of the state tensors in it.
         tensor_keys: of the per-tensor state in it, in the order of :class:`TensorState`.
-        param_index: group and position of the parameter.
-        origin: row and column of the whole parameter at which a shard begins.
+        param_index: of the tensor.
+        part: which tensor of the parameter it is.
     """
 
     def __init__(
@@ -74,23 +78,31 @@ class ParamState:
         keys: Sequence[str],
         tensor_keys: Sequence[str],
         param_index: ParamIndex,
-        origin: tuple[int, int],
+        part: Part,
     ) -> None:
-        self.param_index, self.origin = param_index, origin
-        self.shape = real_shape(of)  #: of the whole parameter, of which the tensors may be a shard
-        self.count = state["step"]
-        self.tensor_state = [state[key] for key in tensor_keys]  #: 0-d each
+        self.param_index, self.part, self.transposed = param_index, part, part.transposed
+        self.role: Role | None = part.role
+        self.shape = part.shape  #: of the whole tensor, of which a shard may be here; outputs first
+        single = ("step", *tensor_keys, *([SKIPPED] if SKIPPED in state else []))
+        self._single = [state[key] for key in single]
+        numbers = self._single if part.row is None else [t[part.row] for t in self._single]
+        self.count, *rest = numbers
+        self.tensor_state = rest[: len(tensor_keys)]  #: 0-d each
         self.is_guarded = len(self.tensor_state) == len(GUARDED_TENSOR_KEYS)
-        self.skipped = state.get(SKIPPED)  #: 0-d
+        self.skipped = rest[-1] if len(rest) > len(tensor_keys) else None  #: 0-d
         self._state = tuple(state.values())
-        self._names = ("param", *keys), ("step", *tensor_keys, SKIPPED)
+        self._names = ("param", *keys), single
         self._form = (of.dtype, of.shape, of.stride())
         self._of = (of, *(state[key] for key in keys))
         self._sharded = is_dtensor(of)
         self._here = [local(t) for t in self._of]
         self._addresses = [t.data_ptr() for t in self._here]
+        self._of_numbers = [] if part.row is None else [t.data_ptr() for t in self._single]
         self.complex = of.is_complex()
-        self.param, *state_tensors = [_real(t) for t in self._here] if self.complex else self._here
+        self._offset = offset_of(of)
+        real = [_real(t) for t in self._here] if self.complex else self._here
+        self.origin = part.of(real[0], self._offset)[1]  #: row and column, as it is stored, at which a shard begins
+        self.param, *state_tensors = map(self._piece, real)
         self.state_tensors = tuple(state_tensors)  #: exp_avg, exp_avg_sq, hidden_0, ...
         self.numel = self.param.numel()
         self.arithmetic = arithmetic_dtype(self.param.dtype)
@@ -99,6 +111,7 @@ class ParamState:
         dtypes = tuple(t.dtype for t in state_tensors)
         self.format = format_of(self.param.device, self.param.dtype, self.param.dtype, dtypes)
         self.cached_views: CachedViews | None = None
+        self.rows: tuple[ParamState, Tensor] | None = None  #: see :meth:`of_rows`
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -118,6 +131,8 @@ class ParamState:
             return False
         if self._sharded and not all(map(is_, map(local, self._of), self._here)):
             return False
+        if self._of_numbers and [t.data_ptr() for t in self._single] != self._of_numbers:
+            return False
         return [t.data_ptr() for t in self._here] == self._addresses
 
     def is_for(self, other: ParamState) -> bool:
@@ -130,21 +145,76 @@ class ParamState:
         for name, address, tensor in zip(with_entries, self._addresses, self._here, strict=True):
             if address and tensor.numel():
                 yield (True, address), name
-        for name, tensor in zip(single, (self.count, *self.tensor_state, self.skipped), strict=True):
-            if tensor is not None:
-                yield (False, id(tensor)), name
+        for name, tensor in zip(single, self._single, strict=True):
+            yield (False, id(tensor)), name
 
-    def set_grad(self, grad: Tensor, maximize: bool) -> None:
-        """The gradient of a step."""
+    def own_grad(self, grad: Tensor, maximize: bool) -> Tensor:
+        """A gradient of the parameter as :meth:`set_grad` takes it: real, what is here of it."""
         if self._sharded or self.complex or type(grad) is not Tensor:
             grad = local(gradient_as(self._of[0], grad))
             grad = _real(grad) if self.complex else grad
-        self.grad = -grad if maximize else grad
+        return -grad if maximize else grad
+
+    def set_grad(self, grad: Tensor) -> None:
+        """The gradient of a step, of the parameter."""
+        self.grad = grad = self._piece(grad)
         if grad.dtype is not self.format.grad:
             self.format = format_of(self.format.device, self.format.param, grad.dtype, self.format.state)
 
+    def of_rows(self, grad: Tensor, maximize: bool) -> ParamState:
+        """The rows that have a gradient, as a tensor for one step: copies, until :meth:`release_grad` writes them back.
+
+        Sums and means are those of these rows. An embedding is what has sparse gradients: it is not orthogonalised.
+
+        Args:
+            grad: sparse, with one sparse dimension.
+            maximize: ascend.
+        """
+        grad = grad.coalesce()
+        index, values = grad.indices()[0], grad.values()
+        some = copy.copy(self)
+        some.role = "embedding"
+        some.param, *state = (t.detach().index_select(0, index) for t in (self.param, *self.state_tensors))
+        some.state_tensors, some.numel, some.rows = tuple(state), some.param.numel(), (self, index)
+        some.grad = -values if maximize else values
+        some.format = format_of(self.format.device, self.format.param, values.dtype, self.format.state)
+        some.cached_views = None
+        return some
+
+    @property
+    def counted(self) -> int:
+        """Coordinates that its sums run over, in all processes together."""
+        return math.prod(self.shape) if self.rows is None else self.numel
+
+    @property
+    def is_cut_late(self) -> bool:
+        """Whether it is a shard that was cut along a later dimension than the first two."""
+        return self.param.numel() > 0 and self.param.shape[2:] != self.part.lengths[self.part.stacked + 2 :]
+
+    def _piece(self, tensor: Tensor) -> Tensor:
+        """What it has of a tensor like the parameter."""
+        return tensor if self.part.row is None else self.part.of(tensor, self._offset)[0]
+
+    def stored(self, of_matrices: Tensor) -> Tensor:
+        """[N, rows, columns] of tensors of this shape in the order in which they are stored, [N, ...]."""
+        if not self.transposed:
+            return of_matrices
+        return of_matrices.reshape(len(of_matrices), *self.shape).transpose(1, 2)
+
+    def matrices(self, stored: Tensor) -> Tensor:
+        """The inverse of :meth:`stored`: a view where that is possible."""
+        if self.transposed:
+            stored = stored.view(len(stored), self.shape[1], self.shape[0], *self.shape[2:]).transpose(1, 2)
+        return stored.reshape(len(stored), self.shape[0], -1)
+
     def release_grad(self) -> None:
-        """Drop every reference to the gradient."""
+        """Drop every reference to the gradient; rows are written back."""
+        if self.rows is not None:
+            whole, index = self.rows
+            for target, rows in zip(
+                (whole.param, *whole.state_tensors), (self.param, *self.state_tensors), strict=True
+            ):
+                target.detach().index_copy_(0, index, rows)
         self.grad = self.param
         if self.cached_views is not None:
             self.cached_views.release_grad()

@@ -1,14 +1,14 @@
 """Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
 
 The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor, which
-one all-reduce adds up for all tensors of a step. Where updates are orthogonalised, one more for each matrix brings the
-whole update to every process, and each orthogonalises all of it. Replicated tensors need none: every process has all
-of them.
+one all-reduce adds up for all tensors of a step. Where updates are orthogonalised, there is one more for each matrix
+that is cut (:mod:`learned_optim.engine.cut_matrices`). A matrix that lies in one process, as those
+of a stack do that is cut along the stack, is orthogonalised there. Replicated tensors need no sums: every process has
+all of them.
 """
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,17 +16,31 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.engine.kinds import Part, TensorKind, real_shape
+
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
 
 
+#: Dimensions along which processes have cut a tensor, and how long the pieces of its parameter are there; empty where
+#: that is not known.
+Cuts = tuple[tuple[int, int], ...]
+
+
+class Sharded(NamedTuple):
+    """A tensor of which processes hold parts."""
+
+    part: Part
+    dtype: torch.dtype  #: of the arithmetic
+    cut: Cuts | None  #: ``None`` where one process has all of it
+
+
 class Shards(NamedTuple):
-    """The parameters that are spread in the same way."""
+    """The tensors that are spread in the same way."""
 
     mesh: DeviceMesh
     dims: tuple[int, ...]  #: of the mesh, over which the parameters are cut
-    shapes: dict[tuple[int, int], torch.Size]  #: by group and position in it, of the whole parameters; in order
-    dtypes: dict[tuple[int, int], torch.dtype]  #: of the arithmetic
+    tensors: dict[tuple[int, int, int], Sharded]  #: by group, position in it, and number in the parameter; in order
     device: torch.device
 
     def add_up(self, sums: Tensor) -> None:
@@ -41,16 +55,17 @@ def find_shards(groups: Iterable[dict[str, Any]]) -> list[Shards]:
     Every process then adds up the same number of sums, also where some of them have no gradient or an empty shard.
     """
     by_mesh: dict[tuple, Shards] = {}
-    spread = [((g, i), p) for g, group in enumerate(groups) for i, p in enumerate(group["params"]) if is_dtensor(p)]
-    for index, p in spread:
+    spread = [((g, i), p, of) for g, of in enumerate(groups) for i, p in enumerate(of["params"]) if is_dtensor(p)]
+    for place, p, group in spread:
         if any(placement.is_partial() for placement in p.placements):
             raise RuntimeError(f"a parameter cannot be updated that is placed as {p.placements}: redistribute it first")
         mesh = p.device_mesh
         dims = tuple(i for i, s in enumerate(p.placements) if not s.is_replicate() and mesh.size(i) > 1)
         if dims:
-            shards = by_mesh.setdefault((mesh, dims), Shards(mesh, dims, {}, {}, local(p).device))
-            shards.shapes[index] = real_shape(p)
-            shards.dtypes[index] = torch.promote_types(local(p).dtype.to_real(), torch.float32)
+            shards = by_mesh.setdefault((mesh, dims), Shards(mesh, dims, {}, local(p).device))
+            dtype = torch.promote_types(local(p).dtype.to_real(), torch.float32)
+            for k, part in enumerate(TensorKind.of(group).parts(p)):
+                shards.tensors[(*place, k)] = Sharded(part, dtype, cuts_of(part, p))
     return list(by_mesh.values())
 
 
@@ -62,27 +77,33 @@ def is_dtensor(tensor: Tensor) -> bool:
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def real_shape(p: Tensor) -> torch.Size:
-    """The shape of a parameter seen as real numbers."""
-    return torch.Size((*p.shape, 2)) if p.is_complex() else p.shape
-
-
-def origin(p: Tensor) -> tuple[int, int]:
-    """Row and column of the whole parameter at which the part begins that is here; columns are all but dimension 0.
-
-    Raises:
-        RuntimeError: a parameter that is cut along its third dimension or a later one.
-    """
+def offset_of(p: Tensor) -> tuple[int, ...]:
+    """Where the piece that is here begins in the whole parameter, by dimension, seen as real numbers."""
     if not is_dtensor(p) or p.ndim == 0:
-        return 0, 0
+        return (0,) * len(real_shape(p))
     from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-    shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # pyright: ignore
-    if shape[2:] != tuple(p.shape[2:]):
-        raise RuntimeError(f"a parameter of shape {tuple(p.shape)} was cut along a later dimension than 0 and 1")
-    if 0 in shape:
-        return 0, 0
-    return offset[0], 0 if p.ndim == 1 else offset[1] * math.prod(real_shape(p)[2:])
+    _, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)  # pyright: ignore
+    return (*offset, *[0] * p.is_complex())
+
+
+def cuts_of(part: Part, p: Tensor) -> Cuts | None:
+    """Where a part of a DTensor is cut, so that no process sees all of it; the same answer in all of them."""
+    if not is_dtensor(p) or 0 in part.lengths:
+        return None
+    from torch.distributed.tensor import Shard
+
+    mesh = p.device_mesh  # pyright: ignore[reportAttributeAccessIssue]
+    chunks: dict[int, int] = {}
+    for i, placement in enumerate(p.placements):  # pyright: ignore[reportAttributeAccessIssue]
+        if placement.is_replicate() or mesh.size(i) == 1:
+            continue
+        if type(placement) is not Shard or placement.dim in chunks:
+            return ()
+        chunks[placement.dim] = -(-p.shape[placement.dim] // mesh.size(i))
+    ends = {dim: (part.start[dim], part.start[dim] + part.lengths[dim] - 1) for dim in chunks}
+    cuts = tuple((dim, n) for dim, n in chunks.items() if ends[dim][0] // n != ends[dim][1] // n)
+    return cuts or None
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -25,7 +25,12 @@ class StateMismatch(RuntimeError):
 
 
 def check_fits(
-    name: str, p: Tensor, state: Mapping[str, Any], coordinate_keys: Sequence[str], tensor_keys: Sequence[str]
+    name: str,
+    p: Tensor,
+    state: Mapping[str, Any],
+    coordinate_keys: Sequence[str],
+    tensor_keys: Sequence[str],
+    numbers: Sequence[int] = (),
 ) -> None:
     """Check the state of one parameter.
 
@@ -34,7 +39,8 @@ def check_fits(
         p: the parameter.
         state: its state, not empty.
         coordinate_keys: of the tensors in it that have the parameter's shape.
-        tensor_keys: of those without dimensions.
+        tensor_keys: of the per-tensor state in it.
+        numbers: shape of the per-tensor state: of a parameter that holds several tensors, how many.
 
     Raises:
         StateMismatch: something is missing, or of another shape, dtype, device or placement.
@@ -48,12 +54,20 @@ def check_fits(
             raise _mismatch(name, f"{key} {found}, the parameter {_described(p)}")
     for key in tensor_keys:
         value = state[key]
-        if found := _kind(value, None) or _shape(value, torch.Size()):
-            raise _mismatch(name, f"{key} {found}, expected a number of its own: a tensor without dimensions")
+        if found := _kind(value, None) or _shape(value, torch.Size(numbers)):
+            raise _mismatch(name, f"{key} {found}, {_expected(numbers)}")
     step = state["step"]
-    if not isinstance(step, Tensor) or step.numel() != 1 or step.dtype not in _COUNTS:
+    fits = isinstance(step, Tensor) and (step.numel() == 1 if not numbers else step.shape == torch.Size(numbers))
+    if not fits or step.dtype not in _COUNTS:
         found = f"a tensor of shape {tuple(step.shape)} and {step.dtype}" if isinstance(step, Tensor) else repr(step)
-        raise _mismatch(name, f"step is {found}, expected a count in float32, torch.tensor(10.0)")
+        counts = f", {_expected(numbers)}" if numbers else ", expected a count in float32, torch.tensor(10.0)"
+        raise _mismatch(name, f"step is {found}{counts}")
+
+
+def _expected(numbers: Sequence[int]) -> str:
+    if not numbers:
+        return "expected a number of its own: a tensor without dimensions"
+    return f"expected shape {tuple(numbers)}: a number for each tensor that stacked and split of its group say it holds"
 
 
 def _kind(value: Any, p: Tensor | None) -> str:
@@ -109,6 +123,24 @@ def check_param(name: str, p: Tensor, grad: Tensor) -> None:
         )
     if found := _memory(p):
         raise StateMismatch(f"parameter {name!r} cannot be updated: it {found}. Nothing was changed. Copy it first")
+
+
+def check_sparse(name: str, p: Tensor, grad: Tensor, is_packed: bool) -> None:
+    """Check a gradient that is not strided.
+
+    Raises:
+        RuntimeError: it is not that of an embedding, whose rows are sparse, or the parameter is more than a tensor.
+    """
+    if grad.layout is not torch.sparse_coo or grad.sparse_dim() != 1 or p.ndim != 2:
+        what = f"layout {grad.layout}, of the sparse ones only those of embeddings can be used: whole rows of a matrix"
+    elif is_dtensor(p) or p.is_complex() or is_packed:
+        what = "sparse rows, which go with real parameters alone that are neither sharded nor stacked nor split"
+    else:
+        return
+    raise RuntimeError(
+        f"the gradient of parameter {name!r} of shape {tuple(p.shape)} has {what}. Nothing was changed. Use "
+        "sparse=False in the embedding"
+    )
 
 
 class Named(NamedTuple):

@@ -14,15 +14,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from learned_optim.engine.cut_matrices import Matrix, orthogonalize_cut
 from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead
 from learned_optim.engine.packing import COPIED, bins, copy_all, limit, stacked_tensors, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState, uncount
+from learned_optim.engine.products import gram as gram_of
+from learned_optim.engine.products import padded, padded_together
 from learned_optim.engine.sharding import Shards
 from learned_optim.rule import update
 from learned_optim.rule.layouts import indices_by
@@ -32,7 +36,6 @@ from learned_optim.rule.orthogonalize import (
     as_blocks,
     block_scales,
     from_blocks,
-    orthogonalize,
 )
 from learned_optim.rule.types import Coefficients, Spread, TensorSums
 
@@ -110,8 +113,8 @@ def run_step(
     report = StepReport()
     whole = params
     for some in shards:
-        here = [p for p in whole if p.param_index in some.shapes]
-        whole = [p for p in whole if p.param_index not in some.shapes]
+        here = [p for p in whole if p.param_index in some.tensors]
+        whole = [p for p in whole if p.param_index not in some.tensors]
         _run_shards(backend, here, some, report, skip_nonfinite)
     for device, of_device in groupby(backend.buckets(whole), lambda bucket: bucket.params[0].param.device):
         for buckets in bins(of_device, lambda bucket: bucket.copied, limit(COPIED, device)):
@@ -172,8 +175,9 @@ def _run_shards(
 ) -> None:
     """All passes over parameters of which every process holds a part: all are measured before one is updated.
 
-    Sums are added up once, whatever has a gradient; every process then adds up each matrix that is orthogonalised, and
-    sees it as a whole. Buckets are made a second time where keeping them would copy more than ``COPIED`` coordinates.
+    Sums are added up once, whatever has a gradient; every process then adds up each matrix that is orthogonalised and
+    cut, and sees it as a whole. Buckets are made a second time where keeping them would copy more than ``COPIED``
+    coordinates.
 
     Args:
         backend: makes the buckets.
@@ -182,7 +186,7 @@ def _run_shards(
         report: to be added to.
         skip_nonfinite: leave out what has a gradient that is not finite, in any process.
     """
-    columns = {index: column for column, index in enumerate(shards.shapes)}
+    columns = {index: column for column, index in enumerate(shards.tensors)}
     sums = torch.zeros(len(TensorSums._fields), len(columns), dtype=torch.float64, device=shards.device)
     buckets: list[Bucket] = []
     order: list[ParamState] = []
@@ -207,7 +211,7 @@ def _run_shards(
             params = _without(params, left_out)
             buckets, copied = [], most + 1
             order = [p for bucket in backend.buckets(params) for p in bucket.params]
-    matrices: dict[ParamIndex, _Matrix] = {}
+    matrices: dict[ParamIndex, Matrix] = {}
     if params:
         order += [p for p in params if p.numel == 0]
         here = TensorSums(*sums[:, [columns[p.param_index] for p in order]].unbind())
@@ -216,28 +220,23 @@ def _run_shards(
         again = buckets if copied <= most else backend.buckets(params)
         matrices = {matrix.param.param_index: matrix for matrix in _apply(again, stacked)}
     settings = backend.head.config.orthogonalization
-    for index, shape in shards.shapes.items():
-        if (matrix_shape := settings.matrix_shape(shape)) is not None:
-            d = torch.zeros(matrix_shape, dtype=shards.dtypes[index], device=shards.device)
-            report.length_factors.extend(_orthogonalize_shard(backend.head, d, matrices.get(index), shards))
+    for index, tensor in shards.tensors.items():
+        if tensor.cut is not None and settings.matrix_shape(tensor.part.shape, tensor.part.role) is not None:
+            here = matrices.pop(index, None)
+            move = partial(_move, backend.head)
+            report.length_factors.extend(orthogonalize_cut(settings, tensor, here, shards, move))
+    for some in bins(matrices.values(), lambda matrix: matrix.param.numel, most):
+        report.length_factors.extend(_orthogonalize_and_move(backend.head, some))
 
 
-class _Matrix(NamedTuple):
-    """A parameter that moves when its update has been orthogonalised."""
-
-    param: ParamState
-    d: Tensor  #: [numel]
-    share: Tensor  #: [1], how much of it is orthogonalised
-
-
-def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[_Matrix]:
+def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[Matrix]:
     """Apply coefficients [C, K], whose columns are in the order of the buckets; what is still to be orthogonalised."""
     shares = stacked[Coefficients._fields.index("orthogonal")].split(1)
     begin = 0
     for bucket in buckets:
         end = begin + len(bucket.params)
         if directions := bucket.apply(stacked[:, begin:end]):
-            yield from map(_Matrix, bucket.params, directions, shares[begin:end])
+            yield from map(Matrix, bucket.params, directions, shares[begin:end])
         begin = end
 
 
@@ -250,79 +249,86 @@ class _Alike(NamedTuple):
     blocks: Tensor  #: see ``as_blocks``
 
     @classmethod
-    def of(cls, settings: Orthogonalization, matrices: list[_Matrix]) -> Iterator[_Alike]:
-        for indices in indices_by((m.param.param.shape, m.param.param.dtype) for m in matrices).values():
+    def of(cls, settings: Orthogonalization, matrices: list[Matrix]) -> Iterator[_Alike]:
+        keys = ((m.param.param.shape, m.param.param.dtype, m.param.transposed) for m in matrices)
+        for indices in indices_by(keys).values():
             first = matrices[indices[0]]
-            shape = first.param.param.shape[0], first.param.numel // first.param.param.shape[0]
+            shape = first.param.shape[0], first.param.numel // first.param.shape[0]
             at_once = max(1, limit(MULTIPLIED, first.d.device) // first.param.numel)
             for start in range(0, len(indices), at_once):
                 params, ds, shares = zip(*(matrices[i] for i in indices[start : start + at_once]), strict=True)
-                d = stacked_tensors(ds).view(len(params), *shape)
+                d = first.param.matrices(stacked_tensors(ds))
                 yield cls(list(params), list(shares), (len(params), *shape), as_blocks(settings, d))
 
 
-def _orthogonalize_and_move(head: TensorHead, matrices: list[_Matrix]) -> Iterator[LengthFactors]:
-    """Orthogonalise directions and move the parameters, everything at once that has blocks of one size."""
+def _orthogonalize_and_move(head: TensorHead, matrices: list[Matrix]) -> Iterator[LengthFactors]:
+    """Orthogonalise directions and move the parameters."""
+    others: list[Matrix] = []
+    taken: dict[tuple[torch.dtype, torch.dtype], list[Matrix]] = {}
+    for m in matrices:
+        native = head.orthogonalizers.get(m.d.dtype) if m.d.device.type == "cpu" else None
+        dtypes = m.param.format.param, m.d.dtype
+        (taken.setdefault(dtypes, []) if native and native.takes(m.param, m.d) else others).append(m)
+    for (_, dtype), some in taken.items():
+        params, ds, shares = (list(parts) for parts in zip(*some, strict=True))
+        yield LengthFactors([p.param_index for p in params], head.orthogonalizers[dtype](params, ds, shares))
+        _move(head, params, ds)
+    yield from _orthogonalize_batches_and_move(head, others)
+
+
+def _orthogonalize_batches_and_move(head: TensorHead, matrices: list[Matrix]) -> Iterator[LengthFactors]:
+    """The same by products of a library, everything at once that has blocks of one size."""
     settings = head.config.orthogonalization
     groups = list(_Alike.of(settings, matrices))
     sizes = [(len(g.blocks) // len(g.params), g.blocks.shape[1], g.blocks.dtype) for g in groups]
     for indices in indices_by(sizes).values():
-        same = [groups[i] for i in indices]
-        grams = [g.blocks @ g.blocks.mT for g in same]
+        batches = padded_together([groups[i].blocks for i in indices], MULTIPLIED)
+        batches = [[groups[indices[k]] for k in batch] for batch in batches]
+        xs = [padded([g.blocks for g in batch]) for batch in batches]
+        same, grams = list(chain.from_iterable(batches)), [gram_of(x) for x in xs]
         gram = grams[0] if len(grams) == 1 else torch.cat(grams)
         params = [p for g in same for p in g.params]
         share: Spread = settings.share
         if params[0].is_guarded:  # else it is the same for all
             share = torch.cat([share for g in same for share in g.shares]).to(gram.dtype)
         scales, factors = block_scales(settings, gram, len(params), share)
-        for g, scale in zip(same, scales.split([len(g.blocks) for g in same]), strict=True):
-            _move_along_blocks(head, g, scale)
+        for batch, x, scale in zip(batches, xs, scales.split([len(x) for x in xs]), strict=True):
+            _move_along_blocks(head, batch, x, scale.to(x.dtype))
         yield LengthFactors([p.param_index for p in params], factors)
 
 
-def _move_along_blocks(head: TensorHead, alike: _Alike, scale: Tensor) -> None:
-    """Move parameters along S_b X_b; a large one in a single pass over its memory."""
-    (count, rows, columns), x = alike.shape, alike.blocks
-    param = alike.params[0].param.detach()
+def _move_along_blocks(head: TensorHead, batch: list[_Alike], x: Tensor, scale: Tensor) -> None:
+    """Move the parameters of a batch X along S_b X_b; a large one in a single pass over its memory."""
+    _, rows, columns = batch[0].shape
+    first = batch[0].params[0]
+    param = first.param.detach()
     large = 2 * rows * columns > limit(MULTIPLIED, x.device)
-    fits = param.dtype == x.dtype and param.is_contiguous() and x.shape[0] * x.shape[1] == min(rows, columns)
+    viewed = param.is_contiguous() and not (first.transposed and param.ndim > 2)
+    fits = param.dtype == x.dtype and viewed and x.shape[0] * x.shape[1] == min(rows, columns)
     # A device would make the host wait for its answer.
     if large and fits and x.device.type == "cpu" and int(x.count_nonzero()) == x.numel():
-        matrix = param.view(rows, columns)
+        matrix = first.matrices(param.unsqueeze(0))[0]
         matrix = matrix.mT if rows > columns else matrix
-        scalars: Any = alike.params[0].context.scalars
+        scalars: Any = first.context.scalars
         matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=scalars.retained, alpha=-scalars.lr)
     else:
-        _move(head, alike.params, from_blocks(along_blocks(scale, x), (count, rows, columns)))
+        for g, d in zip(batch, along_blocks(scale, x).split([len(g.blocks) for g in batch]), strict=True):
+            own = g.params[0].stored(from_blocks(d[..., : g.blocks.shape[2]], g.shape))
+            _move(head, g.params, own.to(g.params[0].arithmetic).unbind())
 
 
-def _orthogonalize_shard(head: TensorHead, d: Tensor, here: _Matrix | None, shards: Shards) -> Iterator[LengthFactors]:
-    """Add up a matrix of all processes, orthogonalise it, and move the part that is here.
-
-    Args:
-        head: the policy's.
-        d: zeros, [rows, columns] of the whole matrix.
-        here: ``None`` where this process holds nothing of it, or no gradient.
-        shards: adds up.
-    """
-    if here is None:
-        shards.add_up(d)
-        return
-    part = here.d.view(here.param.param.shape[0], -1)
-    (row, column), (rows, width) = here.param.origin, part.shape
-    d[row : row + rows, column : column + width].copy_(part)
-    shards.add_up(d)
-    whole, factor = orthogonalize(head.config.orthogonalization, d.unsqueeze(0), here.share.to(d.dtype))
-    _move(head, [here.param], whole[:, row : row + rows, column : column + width])
-    yield LengthFactors([here.param.param_index], factor)
-
-
-def _move(head: TensorHead, params: Sequence[ParamState], d: Tensor) -> None:
-    """Move parameters of one shape and dtype along d, [len(params), ...]."""
+def _move(head: TensorHead, params: Sequence[ParamState], ds: Sequence[Tensor]) -> None:
+    """Move parameters of one dtype along directions, in the order of their indices."""
     move = head.moves.get(params[0].format.param)
-    if move is not None and d.device.type == "cpu" and all(p.param.is_contiguous() for p in params):
-        move(list(params), list(d.contiguous().unbind()))
+    if move is not None and ds[0].device.type == "cpu" and all(p.param.is_contiguous() for p in params):
+        move(list(params), [d.contiguous() for d in ds])
         return
+    for indices in indices_by(p.param.shape for p in params).values():
+        _move_alike([params[i] for i in indices], stacked_tensors([ds[i] for i in indices]))
+
+
+def _move_alike(params: Sequence[ParamState], d: Tensor) -> None:
+    """The same for parameters of one shape, d [len(params), ...], in torch."""
     tensors = [p.param.detach() for p in params]
     before = stacked_tensors(tensors).to(d.dtype)
     scalars = [p.context.scalars for p in params]

@@ -12,7 +12,7 @@ import itertools
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +20,12 @@ from torch import Tensor
 from learned_optim.rule.types import Spread
 
 Key = TypeVar("Key", bound=Hashable)
+
+#: What a tensor is in its model, where somebody has said so.
+Role = Literal["matrix", "embedding", "head", "vector", "conv"]
+ROLES: tuple[Role, ...] = get_args(Role)
+#: The roles of tensors that are orthogonalised, whatever their aspect ratio; those of other roles never are.
+ORTHOGONALIZED: tuple[Role, ...] = ("matrix", "conv")
 
 
 def indices_by(keys: Iterable[Key]) -> dict[Key, list[int]]:
@@ -47,9 +53,10 @@ def _constant_column(values: tuple[float, ...], dtype: torch.dtype, device: torc
 
 
 class ShapeContext(NamedTuple):
-    """What the tensor head knows of a parameter's shape: floats of one tensor, or [K] of many.
+    """What the tensor head knows of a parameter's shape and role: floats of one tensor, or [K] of many.
 
-    Convention of torch: ``shape[0]`` counts outputs, ``shape[1]`` inputs, what follows is the kernel.
+    Convention of torch: ``shape[0]`` counts outputs, ``shape[1]`` inputs, what follows is the kernel. Without a role
+    the shape decides: up to one dimension is a vector, three and more are a convolution.
     """
 
     log_numel: Any
@@ -58,9 +65,11 @@ class ShapeContext(NamedTuple):
     log_fan_ratio: Any  #: logarithm of outputs over inputs
 
     @classmethod
-    def of(cls, shape: Sequence[int]) -> ShapeContext:
-        fan_ratio = math.log(max(shape[0], 1) / max(shape[1], 1)) if len(shape) >= 2 else 0.0
-        return cls(math.log(max(math.prod(shape), 1)), float(len(shape) <= 1), float(len(shape) >= 3), fan_ratio)
+    def of(cls, shape: Sequence[int], role: Role | None = None) -> ShapeContext:
+        is_vector = len(shape) <= 1 or role == "vector"
+        is_convolution = role == "conv" or (role is None and len(shape) >= 3)
+        fan_ratio = 0.0 if is_vector else math.log(max(shape[0], 1) / max(shape[1], 1))
+        return cls(math.log(max(math.prod(shape), 1)), float(is_vector), float(is_convolution), fan_ratio)
 
 
 class TensorShapes(NamedTuple):
@@ -70,10 +79,20 @@ class TensorShapes(NamedTuple):
     context: Tensor  #: [4, K], rows as in :class:`ShapeContext`
 
     @classmethod
-    def of(cls, shapes: Sequence[Sequence[int]], device: torch.device | str = "cpu") -> TensorShapes:
-        context = torch.tensor([ShapeContext.of(shape) for shape in shapes], dtype=torch.float64, device=device)
+    def of(
+        cls,
+        shapes: Sequence[Sequence[int]],
+        device: torch.device | str = "cpu",
+        roles: Sequence[Role | None] | None = None,
+    ) -> TensorShapes:
+        contexts = list(map(ShapeContext.of, shapes, roles or [None] * len(shapes)))
+        context = torch.tensor(contexts, dtype=torch.float64, device=device)
         numel = torch.tensor([float(max(math.prod(s), 1)) for s in shapes], dtype=torch.float64, device=device)
         return cls(numel, context.T.contiguous())
+
+    def counting(self, numbers: Sequence[int]) -> TensorShapes:
+        """The same with other numbers of coordinates: of tensors of which only some rows are updated."""
+        return self._replace(numel=self.numel.new_tensor(numbers).clamp(min=1.0))
 
     def to(self, device: torch.device | str) -> TensorShapes:
         return TensorShapes(self.numel.to(device), self.context.to(device))
@@ -111,6 +130,11 @@ class WholeLayout(ShapedLayout, Protocol):
         ...
 
     @property
+    def roles(self) -> Sequence[Role | None]:
+        """Of the tensors; ``None`` where the shape decides."""
+        ...
+
+    @property
     def sizes(self) -> list[int]:
         """Coordinates of each tensor in the vector, padding included."""
         ...
@@ -122,11 +146,13 @@ class Whole:
     Args:
         shape: of the whole parameter.
         device: where per-tensor values live.
+        role: of the parameter.
     """
 
-    def __init__(self, shape: Sequence[int], device: torch.device | str = "cpu") -> None:
+    def __init__(self, shape: Sequence[int], device: torch.device | str = "cpu", role: Role | None = None) -> None:
         self.shapes, self.sizes = [shape], [math.prod(shape)]
-        self.tensor_shapes = TensorShapes.of([shape], device)
+        self.roles: list[Role | None] = [role]
+        self.tensor_shapes = TensorShapes.of([shape], device, self.roles)
 
     def inner(self, x: Tensor, y: Tensor) -> Tensor:
         return torch.dot(x, y).unsqueeze(0)
@@ -168,14 +194,21 @@ class Segments:
         align: with 64 no tensor shares a SIMD vector with another, so that rounding does not depend on the
             neighbours; 1 packs densely.
         device: where per-tensor values live.
+        roles: of the parameters; ``None`` leaves all of them to their shapes.
     """
 
-    def __init__(self, shapes: Sequence[Sequence[int]], align: int = 1, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        shapes: Sequence[Sequence[int]],
+        align: int = 1,
+        device: torch.device | str = "cpu",
+        roles: Sequence[Role | None] | None = None,
+    ) -> None:
         sizes = [math.prod(shape) for shape in shapes]
-        self.shapes = shapes
+        self.shapes, self.roles = shapes, roles or [None] * len(shapes)
         self.sizes = [-(-size // align) * align for size in sizes]
         self._pieces = Pieces(sizes, [padded - size for size, padded in zip(sizes, self.sizes, strict=True)])
-        self.tensor_shapes = TensorShapes.of(shapes, device)
+        self.tensor_shapes = TensorShapes.of(shapes, device, self.roles)
         owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(self.sizes, dtype=torch.int64))
         self.owner = owner.to(device)
 

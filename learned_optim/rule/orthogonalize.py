@@ -10,9 +10,9 @@ With d the update of a matrix, X_b its blocks of rows, |.| the Frobenius norm an
                                                    0 where d is
 
 Rows are outputs, columns everything connected to one output (torch's convention); of matrices with more rows than
-columns, the columns are cut into blocks. Vectors are left alone, and so are matrices with many more rows than columns,
-which are embeddings of words, or vocabularies that are predicted. Blocks make the price per parameter the same for
-matrices of any size.
+columns, the columns are cut into blocks. Vectors are left alone, and so are embeddings of words and vocabularies that
+are predicted: by their role where it is known, else because they have many more rows than columns. Blocks make the
+price per parameter the same for matrices of any size.
 
 The default method is the iteration of Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers in neural
 networks"): five times there, on a momentum; here on the whole learned update, whose length and averaging remain the
@@ -30,7 +30,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from learned_optim.rule.layouts import WholeLayout, indices_by
+from learned_optim.rule.layouts import ORTHOGONALIZED, Role, WholeLayout, indices_by
 from learned_optim.rule.types import Spread
 
 #: Sizes of blocks are multiples of this, if they can be.
@@ -49,15 +49,24 @@ class Orthogonalization(NamedTuple):
     damping: float
     damping_threshold: float
 
-    def matrix_shape(self, shape: Sequence[int]) -> tuple[int, int] | None:
+    def matrix_shape(self, shape: Sequence[int], role: Role | None = None) -> tuple[int, int] | None:
         """Rows and columns of a tensor that is orthogonalised; ``None`` where it is left alone.
 
-        Such tensors have two rows and columns or more, and less than ``aspect`` rows per column.
+        Such tensors have two rows and columns or more, and a role that asks for it; without a role, less than
+        ``aspect`` rows per column.
         """
         if not self.share or len(shape) < 2 or shape[0] < 2:
             return None
         columns = math.prod(shape[1:])
-        return (shape[0], columns) if columns > 1 and shape[0] < self.aspect * columns else None
+        wanted = shape[0] < self.aspect * columns if role is None else role in ORTHOGONALIZED
+        return (shape[0], columns) if columns > 1 and wanted else None
+
+    def block_rows(self, rows: int) -> int:
+        """Of each block of a matrix whose smaller side has so many rows."""
+        blocks = -(-rows // self.block) if self.block else 1
+        r = -(-rows // blocks)
+        # Products of odd sizes take a third longer.
+        return min(-(-r // EVEN) * EVEN, self.block) if blocks > 1 else r
 
 
 def newton_schulz(gram: Tensor, coefficients: Sequence[float], iterations: int) -> Tensor:
@@ -123,13 +132,13 @@ def as_blocks(settings: Orthogonalization, d: Tensor) -> Tensor:
     matrix may end in zeros, which change nothing.
     """
     x = d.mT if d.shape[1] > d.shape[2] else d
-    rows = x.shape[1]
-    blocks = -(-rows // settings.block) if settings.block else 1
-    r = -(-rows // blocks)
-    if blocks > 1:  # products of odd sizes take a third longer
-        r = min(-(-r // EVEN) * EVEN, settings.block)
-    if blocks * r > rows:
-        x = torch.nn.functional.pad(x, (0, 0, 0, blocks * r - rows))
+    return cut_into_blocks(x, settings.block_rows(x.shape[1]))
+
+
+def cut_into_blocks(x: Tensor, r: int) -> Tensor:
+    """[B, rows, columns] -> [N, r, columns], with zeros at the end of each."""
+    if missing := -x.shape[1] % r:
+        x = torch.nn.functional.pad(x, (0, 0, 0, missing))
     return x.reshape(-1, r, x.shape[2])
 
 
@@ -190,8 +199,8 @@ def orthogonalize_all(settings: Orthogonalization, d: Tensor, layout: WholeLayou
     """
     shapes, sizes = layout.shapes, layout.sizes
     parts = [[piece] for piece in d.split(sizes)]
-    for shape, indices in indices_by(map(tuple, shapes)).items():
-        matrix = settings.matrix_shape(shape)
+    for (shape, role), indices in indices_by(zip(map(tuple, shapes), layout.roles, strict=True)).items():
+        matrix = settings.matrix_shape(shape, role)
         if matrix is None:
             continue
         numel = math.prod(shape)

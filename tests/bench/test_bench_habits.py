@@ -18,7 +18,8 @@ from learned_optim.bench.habits_plots import draw_habits
 from learned_optim.bench.habits_report import card_block, cell, markdown, sections
 from learned_optim.bench.quality import REFERENCE
 from learned_optim.cli import main
-from learned_optim.policy.card import model_card, validate_results
+from learned_optim.policy.card import model_card
+from learned_optim.policy.results import validate
 
 SHORT = Lengths(noise=30, target=20, window=10, good_start=30, flips=30, training=30)
 ADAMW = Contender(SAME)
@@ -129,12 +130,12 @@ def test_the_card_shows_the_habits_and_nothing_where_there_are_none(measured: di
     policy = Policy()
     block = card_block(measured, "mine", "learned-optim bench --suite habits")
     card = model_card(policy.config, policy.weights(), {"habits": block})
-    shown = card.partition("## Habits")[2].partition("## Limits")[0]
+    shown = card.partition("## Habits")[2].partition("## How it was made")[0]
     assert "- command: `learned-optim bench --suite habits`" in shown
-    assert shown.count("\n- ") == len(block["figures"]) + 1
+    assert shown.count("\n| ") == len(block["figures"]) + 2
     assert "## Habits" not in model_card(policy.config, policy.weights(), {})
     with pytest.raises(ValueError, match=r"results\.habits\.figures must be"):
-        validate_results({"habits": {"figures": [1.0]}})
+        validate({"habits": {"figures": [1.0]}})
 
 
 def test_the_command_prints_the_tables_and_writes_the_rest(

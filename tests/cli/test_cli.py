@@ -145,7 +145,7 @@ def test_info_shows_what_is_known(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert main(["info", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     for text in (str(tmp_path), "cell +gated", Policy().fingerprint(), "method +ES", "won_2 + 2",
-                 r"lost +0\.5 \(loses\)", "-  a note"):  # fmt: skip
+                 r"lost +0\.50 \(loses\)", "-  a note"):  # fmt: skip
         assert re.search(f"^{text}", printed, re.MULTILINE) or text in printed, text
     assert "\\" not in printed
     assert "`" not in printed

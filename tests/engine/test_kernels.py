@@ -50,6 +50,29 @@ def test_kernels_and_plain_operations_agree_on_all_shapes(policy):
             torch.testing.assert_close(optimizers[1].state[a][name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
+#: Shapes and keys of what holds several tensors: aligned and not, in rows of the kernels and not, cut by columns.
+HELD = [
+    ((3, 2 * W), {"stacked": 1}), ((3, 5, W + 1), {"stacked": 1}), ((3 * W,), {"split": 3}), ((9, 2 * W), {"split": 3}),
+    ((40, 96), {"split": 3, "transposed": True}), ((5, 4, 3, 3), {"transposed": True, "role": "conv"}),
+    ((W, 3), {"role": "matrix"}),
+]  # fmt: skip
+
+
+def test_kernels_and_plain_operations_agree_on_tensors_that_a_parameter_holds():
+    plain = leaves(*[shape for shape, _ in HELD])
+    params = copies(plain)
+    by_backend = [
+        maker([{"params": [p], **keys} for p, (_, keys) in zip(ps, HELD, strict=True)], "orthogonal")
+        for maker, ps in ((make, plain), (with_kernels, params))
+    ]
+    for optimizer, ps in zip(by_backend, (plain, params), strict=True):
+        run(optimizer, ps, 4)
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+        for name, value in by_backend[0].state[b].items():
+            torch.testing.assert_close(by_backend[1].state[a][name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize(
     "layout",
     [lambda p: p.t(), lambda p: p[:, ::2], lambda p: p[1:, 3:], lambda p: p.view(12, 4, 10, 12).permute(0, 3, 1, 2)],

@@ -11,8 +11,10 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor, init_device_mesh
 
 from helpers.processes import two_processes
-from helpers.support import assert_same_bits, give_gradients, leaves, make
+from helpers.support import assert_same_bits, give_gradients, leaves, make, random_policy
+from learned_optim import PolicyConfig
 from learned_optim.engine import collect, sharding
+from learned_optim.rule.types import TensorSums
 
 pytestmark = pytest.mark.usefixtures("kernel_cache")  # before the processes are started, which inherit its folder
 ranks = pytest.fixture(scope="module")(two_processes)
@@ -151,6 +153,101 @@ def missing_gradients(rank, policy):
 @pytest.mark.parametrize("policy", ["random", "orthogonal"])
 def test_a_process_without_gradients_does_not_keep_the_others_waiting(ranks, policy):
     assert ranks(missing_gradients, policy) == [[2, 2], [1, 1]]
+
+
+#: Shape, keys of its group, and how many of its matrices are cut: between two processes, unevenly.
+HELD = [
+    ((5, 4, 6), {"stacked": 1}, 0),  # 3 matrices and 2
+    ((1, 4, 6), {"stacked": 1}, 0),  # the second process has nothing
+    ((2, 6, 4), {"stacked": 1, "split": 2}, 0),
+    ((9, 5), {"split": 3}, 1),  # rows 0 to 4, and the rest
+    ((9,), {"split": 3}, 0),
+    ((5, 12), {"split": 3, "transposed": True}, 3),
+    ((7, 4, 3), {"transposed": True, "role": "conv"}, 1),
+    ((64, 4), {"role": "matrix"}, 1),
+    ((6, 5), {"role": "head"}, 0),
+]
+
+
+def with_groups(rank, backend, shard=0, skip_nonfinite=False):
+    """Parameters of :data:`HELD` after some steps in two processes, or in one; per-tensor state; all-reduced sizes."""
+    mesh = None if rank is None else init_device_mesh("cpu", (2,))
+    whole = leaves(*[shape for shape, _, _ in HELD])
+    params = [
+        q if mesh is None else nn.Parameter(distribute_tensor(q.detach(), mesh, [Shard(min(shard, q.ndim - 1))]))
+        for q in leaves(*[shape for shape, _, _ in HELD])
+    ]
+    groups = [{"params": [p], **keys} for p, (_, keys, _) in zip(params, HELD, strict=True)]
+    optimizer = make(groups, "orthogonal", lr=0.05, backend=backend, skip_nonfinite=skip_nonfinite)
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        original = torch.distributed.all_reduce
+        patch.setattr(
+            torch.distributed, "all_reduce", lambda t, *a, **k: (calls.append(t.numel()), original(t, *a, **k))
+        )
+        for step in range(STEPS):
+            give_gradients(whole, step)
+            if skip_nonfinite and step == 1:
+                whole[0].grad[4, 0, 0] = whole[3].grad[4, 0] = float("nan")
+            for p, q in zip(params, whole, strict=True):
+                p.grad = q.grad if mesh is None else cut(p, q.grad)
+            optimizer.step()
+    gathered = [p.detach().full_tensor() if isinstance(p, DTensor) else p.detach() for p in params]
+    numbers = [optimizer.state[p][key] for p in params for key in ("step", "cosine_fast", "log_pace", "age")]
+    return gathered, numbers, calls
+
+
+@pytest.mark.parametrize("options", [{}, {"shard": 1}, {"skip_nonfinite": True}], ids=str)
+@pytest.mark.parametrize("backend", ["eager", "compiled"])
+def test_shards_of_what_holds_several_tensors_get_the_update_of_the_whole(ranks, backend, options):
+    first, second = ranks(with_keywords, with_groups, {"backend": backend, **options})
+    for actual, expected in zip(first[:2], with_groups(None, backend, **options)[:2], strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    for mine, theirs in zip(first[:2], second[:2], strict=True):
+        assert_same_bits(mine, theirs)
+
+
+def test_matrices_that_lie_in_one_process_are_not_sent(ranks):
+    first, _ = ranks(with_keywords, with_groups, {"backend": "eager"})
+    tensors = 5 + 1 + 4 + 3 + 3 + 3 + 1 + 1 + 1
+    sums = len(TensorSums._fields) * tensors
+    # Of the matrices that are cut, as HELD counts them: one whose smaller side is, and Gram matrices of the others'.
+    sent = [3 * 5, *[4 * 4] * 3, 4 * 4, 4 * 4]
+    assert len(sent) == sum(count for _, _, count in HELD)
+    assert first[2] == [sums, *sent] * STEPS
+
+
+#: Shapes, and how many coordinates of each are sent where blocks have up to 8 rows and pieces half of the rows.
+BLOCKS = {
+    (32, 48): 4 * 8 * 8,  # two blocks in each process
+    (48, 20): 3 * 8 * 8,  # blocks of columns, of which each process has half the coordinates
+    (30, 40): 30 * 40,  # 15 rows are no whole blocks
+    (24, 3, 9): 24 * 27,  # nor are 12
+    (12, 80): 12 * 80,  # nor are 6
+    (27, 5, 3): 2 * 8 * 8,
+    (31, 64): 4 * 8 * 8,  # 16 rows and 15: the last block ends in zeros
+}
+
+
+def with_blocks(rank):
+    config = PolicyConfig(orthogonal=0.7, orthogonal_damping=1.5, orthogonal_block=8)
+    policy = random_policy(config)
+    if rank is None:
+        return in_one_process(list(BLOCKS), policy=policy)
+    sizes = []
+    with pytest.MonkeyPatch.context() as patch:
+        add_up = sharding.Shards.add_up
+        patch.setattr(sharding.Shards, "add_up", lambda self, x: (sizes.append(x.numel()), add_up(self, x)))
+        return *in_two_processes(rank, [Shard(0)], shapes=list(BLOCKS), policy=policy)[:2], sizes
+
+
+def test_where_processes_hold_whole_blocks_or_columns_of_all_only_gram_matrices_are_sent(ranks):
+    first, second = ranks(with_blocks)
+    for actual, expected in zip(first[:2], with_blocks(None), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=2e-5, atol=2e-6)
+    for mine, theirs in zip(first[:2], second[:2], strict=True):
+        assert_same_bits(mine, theirs)
+    assert first[2] == [len(TensorSums._fields) * len(BLOCKS), *BLOCKS.values()] * STEPS
 
 
 def mixed_kinds(rank):

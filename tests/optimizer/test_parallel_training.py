@@ -15,7 +15,7 @@ from torch.distributed.tensor import init_device_mesh
 
 from helpers.processes import two_processes
 from helpers.support import assert_same_bits, assert_same_state, make
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, param_groups
 
 ranks = pytest.fixture(scope="module")(two_processes)
 # Torch's warnings about torch's own code; ours would be errors.
@@ -99,6 +99,77 @@ def test_fsdp2_in_mixed_precision_follows_one_process(ranks):
 def test_fsdp2_with_offloading_is_one_process(ranks):
     (first, _), _ = ranks(fsdp2, {"offload_policy": CPUOffloadPolicy(pin_memory=False)})
     assert_close(first, in_one_process()[0])
+
+
+class Mixture(nn.Module):
+    """Attention with packed projections, a stack of three experts, and tokens."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(7, 6)
+        self.attention = nn.MultiheadAttention(6, 2, bias=False, batch_first=True)  # keys' gets rounding only
+        self.w_experts = nn.Parameter(torch.randn(3, 5, 6) * 0.3)
+        self.out = nn.Linear(5, 7)
+
+    def forward(self, tokens):
+        x = self.embed(tokens)
+        x = x + self.attention(x, x, x, need_weights=False)[0]
+        return self.out(torch.einsum("btd,eod->bto", x, self.w_experts)).flatten(0, 1).clone()
+
+
+def trained_mixture(rank, steps, folder=None, full=False):
+    """After some steps, and after as many more: in two processes, or in one where the rank is ``None``.
+
+    With a folder the second half is done by new objects, from a checkpoint.
+    """
+
+    def made():
+        model = Mixture().double()  # what is nearly flat is blown up by orthogonalising, rounding included
+        if rank is not None:
+            model = fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+        groups = param_groups(model, overrides={"w_experts": {"role": "matrix", "stacked": 1}})
+        return model, LearnedOptimizer(groups, lr=0.01, backend="eager")
+
+    def go_on(steps):
+        for step in steps:
+            optimizer.zero_grad()
+            tokens = torch.randint(7, (4, 5), generator=torch.Generator().manual_seed(step))
+            tokens = tokens if rank is None else tokens[2 * rank : 2 * rank + 2]
+            nn.functional.cross_entropy(model(tokens), tokens.flatten()).backward()
+            optimizer.step()
+
+    model, optimizer = made()
+    go_on(range(steps))
+    if folder is not None:
+        options = FULL if full else StateDictOptions()
+        saved = dict(zip(("model", "optim"), get_state_dict(model, optimizer, options=options), strict=True))
+        if full and rank == 0:
+            torch.save(saved, f"{folder}/full.pt")
+        elif not full:
+            dcp.save(saved, checkpoint_id=f"{folder}/sharded")
+        dist.barrier()
+        model, optimizer = made()
+        if full:
+            saved = torch.load(f"{folder}/full.pt")
+        else:
+            saved = dict(zip(("model", "optim"), get_state_dict(model, optimizer), strict=True))
+            dcp.load(saved, checkpoint_id=f"{folder}/sharded")
+        states = {"model_state_dict": saved["model"], "optim_state_dict": saved["optim"]}
+        set_state_dict(model, optimizer, options=options, **states)
+    go_on(range(steps, 2 * steps))
+    numbers = {n: optimizer.state[p]["age"].shape for n, p in model.named_parameters()}
+    return {n: p.full_tensor() if rank is not None else p for n, p in model.state_dict().items()}, numbers
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["sharded", "full"])
+def test_fsdp2_with_packed_and_stacked_matrices_is_one_process_and_resumes_bit_for_bit(ranks, full, tmp_path):
+    (first, numbers), (second, _) = ranks(trained_mixture, 3)
+    assert_same_bits(list(first.values()), list(second.values()))
+    assert_close(first, trained_mixture(None, 3)[0])
+    (resumed, _), _ = ranks(trained_mixture, 3, str(tmp_path), full)
+    assert_same_bits(list(resumed.values()), list(first.values()))
+    assert (numbers["w_experts"], numbers["attention.in_proj_weight"], numbers["out.weight"]) == ((3,), (3,), ())
 
 
 def fsdp2_resumed(rank, folder, full):

@@ -211,4 +211,4 @@ def test_gradients_are_looked_at_only_where_sums_are_not_finite(monkeypatch):
     give_gradients(params, 2)
     spoil(params[1], math.inf)
     optimizer.step()
-    assert looked_at == [(0, 1)]
+    assert looked_at == [(0, 1, 0)]

@@ -399,25 +399,6 @@ def test_changed_betas_count_from_the_next_step():
         assert torch.equal(p, q) == (step < 2)
 
 
-# --- sparse gradients ----------------------------------------------------------------------------------------------
-
-
-def test_a_sparse_gradient_is_refused_by_name_and_nothing_has_changed():
-    embedding = torch.nn.Embedding(5, 3, sparse=True)
-    (other,) = leaves((4,))
-    optimizer = make([other, embedding.weight])
-    give_gradients([other, embedding.weight], 0)
-    optimizer.step()
-    optimizer.zero_grad()
-    embedding(torch.tensor([1, 2])).sum().backward()
-    give_gradients([other], 1)
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match=r"does not support sparse gradients.*\(5, 3\).*sparse=False"):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
-    assert optimizer.state[other]["step"] == 1
-
-
 # --- hooks ---------------------------------------------------------------------------------------------------------
 
 

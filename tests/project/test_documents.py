@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
+import os
 import re
 import shlex
 import shutil
@@ -12,9 +15,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
 from helpers import ROOT
 from helpers.scripts import PAGES, RUN_AND_LEAVE, client_block, code_blocks, load_script, run_script
+from learned_optim import Policy
 
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 TOOL = "tools/readme_tables.py"
@@ -67,7 +72,7 @@ def test_the_block_for_several_processes_runs_under_torchrun(tmp_path: Path) -> 
 def test_every_block_that_needs_something_is_run_by_a_test() -> None:
     of_clients = text_of(ROOT / "tests" / "clients" / "test_client_blocks.py")
     for needs in {name for page in PAGES for name in re.findall(r"<!-- needs (\w+) -->", text_of(page))}:
-        assert needs == "torchrun" or f'"{needs}"' in of_clients
+        assert needs in ("torchrun", "cuda") or f'"{needs}"' in of_clients
 
 
 def test_every_command_exists() -> None:
@@ -112,9 +117,70 @@ def test_every_page_is_linked_from_the_readme() -> None:
     assert set(DOCS.glob("*.md")) <= linked
 
 
+def test_every_page_is_in_the_sites_navigation() -> None:
+    # mkdocs.yml has tags of its own, which a plain reader of YAML refuses: the files' names are enough.
+    navigation = text_of(ROOT / "mkdocs.yml").partition("\nnav:")[2].partition("\nnot_in_nav:")[0]
+    named = set(re.findall(r": (\S+\.md)$", navigation, re.MULTILINE))
+    assert {page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")} <= named
+    hooks = load_script("tools/site_hooks.py")
+    of_the_repository = {hooks.site_path(page) for page in (*PAGES, *OTHERS)} | {"api.md", "step/table.md"}
+    assert named <= of_the_repository, "no such page"
+
+
+def test_the_site_is_built_without_warnings_and_loads_nothing(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    site, command = tmp_path / "site", [sys.executable, "-m", "mkdocs", "build", "--strict"]
+    env = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(
+        [*command, "--site-dir", str(site)], cwd=ROOT, env=env, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    for page in site.rglob("*.html"):
+        loaded = re.findall(r"<(?:script|link|img|iframe)\b[^>]*?(?:src|href)=\"(https?:[^\"]+)", text_of(page))
+        assert not loaded, page
+    api = text_of(site / "api.html")
+    for module in load_script("tools/site_hooks.py").PUBLIC:
+        for name in set(importlib.import_module(module).__all__) - {"__version__"}:
+            assert f'id="{module}.{name}"' in api, f"{module}.{name} is not on the page of the API"
+
+
+def test_links_lead_to_the_same_things_in_the_site() -> None:
+    hooks = load_script("tools/site_hooks.py")
+    page = DOCS / "step" / "table.md"
+    for there, here in {
+        "../speed.md#reading-it": "../speed.md#reading-it",
+        "../../README.md": "../index.md",
+        "../../CONTRIBUTING.md": "../CONTRIBUTING.md",
+        "../../learned_optim/rule/update.py": "../source/learned_optim/rule/update.py.md",
+        "../../learned_optim/rule": "../source/learned_optim/rule/index.md",
+        "https://pytorch.org/x": "https://pytorch.org/x",
+        "#here": "#here",
+    }.items():
+        assert hooks.rewritten(f"a [b]({there}) c", page) == f"a [b]({here}) c"
+    code = "`[b](../speed.md)`\n\n```text\n[b](../../README.md)\n```\n"
+    assert hooks.rewritten(code, page) == code
+
+
+def test_the_recipe_makes_the_bundled_policy_but_for_what_was_learned(tmp_path: Path, monkeypatch) -> None:
+    """Its code runs, with other numbers in place of those that evolution strategies found."""
+    monkeypatch.chdir(tmp_path)
+    ((line, code),) = code_blocks(ROOT / "pretrained" / "RECIPE.md", "python")
+    learned = {name: torch.full_like(weight, 0.1) for name, weight in Policy().weights().items()}
+    Policy().save_pretrained("run3/best")
+    for run, step in itertools.product(("run5", "run7", "run9"), range(40)):
+        Path(run).mkdir(exist_ok=True)
+        torch.save({"weights": learned}, f"{run}/{step}.pt")
+    exec(compile("\n" * (line - 1) + code, "RECIPE.md", "exec"), {})
+    last = max(int(folder.name.removeprefix("stage")) for folder in tmp_path.glob("stage*"))
+    made, bundled = Policy.from_pretrained(f"stage{last}"), Policy.from_pretrained("default")
+    assert made.config == bundled.config
+    for name in ("age", "gate_context", "gate_features"):  # all that nothing was learned for
+        assert torch.equal(made.state_dict()[name], bundled.state_dict()[name])
+
+
 def test_every_picture_is_shown() -> None:
     shown = {(page.parent / link).resolve() for page in PAGES for link in links(page)}
-    assert set(DOCS.rglob("*.png")) <= shown
+    assert {*DOCS.rglob("*.png"), *DOCS.rglob("*.svg")} <= shown
 
 
 def test_the_readme_is_short_and_shows_one_picture() -> None:
@@ -178,6 +244,11 @@ def test_the_picture_of_nanogpt_is_drawn(tmp_path: Path) -> None:
     tool = load_script(TOOL)
     tool.draw_nanogpt(tool.Results(), tmp_path / "nanogpt.png")
     assert (tmp_path / "nanogpt.png").stat().st_size > 10_000
+
+
+def test_the_picture_of_the_rule_is_drawn(tmp_path: Path) -> None:
+    load_script("tools/draw_rule.py").draw(tmp_path / "rule.svg")
+    assert (tmp_path / "rule.svg").stat().st_size > 10_000
 
 
 def test_the_tool_says_what_it_can_do(tmp_path: Path) -> None:

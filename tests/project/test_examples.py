@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 from helpers import ROOT, TESTS
-from helpers.scripts import RUN_AND_LEAVE, assert_learned_is_ahead, run_script
+from helpers.scripts import RUN_AND_LEAVE, assert_learned_is_ahead, load_script, run_script
 
 TESTED = {"demo.py", "replace_adam.py", "char_lm.py", "fsdp2.py"}
 
@@ -20,23 +21,41 @@ def test_every_example_is_run_by_a_test() -> None:
 
 
 def test_the_demo_prints_its_table_and_draws_its_curves(tmp_path: Path) -> None:
-    printed = run_script(
-        "examples/demo.py", "--steps", 12, "--seeds", 2, "--json", tmp_path / "demo.json", cwd=tmp_path
-    )
+    printed = run_script("examples/demo.py", "--steps", 2, "--seeds", 2, "--json", tmp_path / "demo.json", cwd=tmp_path)
     assert (tmp_path / "demo" / "curves.png").stat().st_size > 10_000
     table = json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["table"]
-    assert list(table) == ["AdamW (defaults)", "LearnedOptimizer (defaults)"]
+    default, tuned, ours = table
+    assert default == "AdamW (default, lr 1e-3)"
+    assert re.fullmatch(r"AdamW, lr [13]e-[23] (constant|cosine) \(best of 8\)", tuned)
+    assert ours == "LearnedOptimizer (default)"
+    assert tuned.partition(" (")[0] == min(ends := tried(printed), key=lambda name: ends[name])
     for figures in table.values():
         for name, value in figures.items():
             assert name in printed
             assert value in printed
 
 
-def test_the_demo_finds_the_best_of_several_settings_of_adamw(tmp_path: Path) -> None:
-    run_script("examples/demo.py", "--steps", 2, "--seeds", 1, "--tuned", "--json", "demo.json", cwd=tmp_path)
-    names = list(json.loads((tmp_path / "demo.json").read_text(encoding="utf-8"))["table"])
-    assert len(names) == 3
-    assert names[2].startswith("AdamW, lr ")
+def tried(printed: str) -> dict[str, float]:
+    """Held-out losses that the demo printed for AdamW's settings, to three digits."""
+    return {name: float(loss) for name, loss in re.findall(r"^(AdamW, .*?) +held-out loss ([\d.]+)", printed, re.M)}
+
+
+def test_the_demo_counts_steps_and_seconds_to_where_tuned_adamw_ends() -> None:
+    demo = load_script("examples/demo.py")
+
+    def run(*losses: float, per_step: float = 0.1) -> dict[str, list[float]]:
+        steps = [20.0 * i for i in range(len(losses))]
+        return {"step": steps, "held_out": list(losses), "seconds": [per_step * step for step in steps]}
+
+    tuned = [run(4.0, 3.0, 2.5, 2.6), run(4.0, 3.1, 2.7, 2.4)]
+    ours = [run(4.0, 2.6, 2.0, 1.9, per_step=0.2), run(4.0, 2.4, 2.2, 2.0, per_step=0.2)]
+    figures = demo.summary(ours[:1], tuned[:1])
+    assert figures == {
+        "held-out loss": "1.900", "steps to tuned AdamW's": "20", "seconds to it": "4.0", "seconds, all steps": "12.0",
+    }  # fmt: skip
+    assert demo.summary(tuned, tuned)["steps to tuned AdamW's"] == "50 ± 14"  # the first is there at 40, before its end
+    assert demo.summary([run(4.0, 3.0, 3.0, float("nan"))], tuned[:1])["seconds to it"] == "not reached"
+    assert demo.summary([ours[0], run(4.0, 3.0, 3.0, 3.0)], tuned)["steps to tuned AdamW's"] == "not reached"
 
 
 def test_a_stopped_run_resumes_to_the_same_loss(tmp_path: Path) -> None:

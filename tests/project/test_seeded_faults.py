@@ -13,7 +13,7 @@ from helpers.optimizer_checks import (
 )
 from helpers.rule_checks import assert_follows_reference, assert_is_adamw
 from helpers.support import POLICIES, assert_same_bits, copies, give_gradients, leaves, make
-from learned_optim import LearnedOptimizer
+from learned_optim import optimizer
 from learned_optim.engine.param_state import ParamState
 from learned_optim.rule import update
 from learned_optim.rule.layouts import Segments, Whole
@@ -74,30 +74,30 @@ def test_a_coordinate_left_out_of_the_sums_at_a_chunk_border_is_caught(policy, m
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_a_lost_dtype_of_restored_state_is_caught(dtype, monkeypatch):
-    def faulty(self, p, key, value):
+    def faulty(keys, p, key, value):
         return value if key == "step" else value.to(p.dtype)
 
     assert_resumes_bit_exactly(dtype)
-    monkeypatch.setattr(LearnedOptimizer, "_restored", faulty)
+    monkeypatch.setattr(optimizer, "restored", faulty)
     with pytest.raises(AssertionError, match="dtype"):
         assert_resumes_bit_exactly(dtype)
 
 
 def test_restored_state_that_went_through_the_parameters_dtype_is_caught(monkeypatch):
-    original = LearnedOptimizer._restored
+    original = optimizer.restored
 
-    def faulty(self, p, key, value):
-        restored = original(self, p, key, value)
+    def faulty(keys, p, key, value):
+        restored = original(keys, p, key, value)
         return restored if key == "step" else restored.to(p.dtype).to(restored.dtype)
 
-    monkeypatch.setattr(LearnedOptimizer, "_restored", faulty)
+    monkeypatch.setattr(optimizer, "restored", faulty)
     with pytest.raises(AssertionError, match="differs by up to"):
         assert_resumes_bit_exactly(torch.bfloat16)
 
 
 def test_an_ignored_maximize_is_caught(monkeypatch):
-    original = ParamState.set_grad
-    monkeypatch.setattr(ParamState, "set_grad", lambda self, grad, maximize: original(self, grad, False))
+    original = ParamState.own_grad
+    monkeypatch.setattr(ParamState, "own_grad", lambda self, grad, maximize: original(self, grad, False))
     with pytest.raises(AssertionError, match="not close"):
         assert_is_adamw(3, torch.float64, lr=1e-2, maximize=True)
 

