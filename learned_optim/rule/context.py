@@ -45,6 +45,7 @@ class ContextInputs(NamedTuple):
     shape: ShapeContext
     statistics: TensorStatistics
     state: TensorState  #: with this step's averages of the cosine and age
+    log_share: Tensor  #: of the coordinates that the sums run over: 0, but where only some rows have a gradient
     log_rms_p: Tensor
     log_rms_b: Tensor
     log_rms_h: Tensor
@@ -55,7 +56,8 @@ class ContextInputs(NamedTuple):
         rms = (statistics.rms_p, statistics.rms_b, statistics.rms_h, statistics.rms_u)
         log_rms = torch.stack(rms).clamp(min=1e-4).log().unbind()
         shape = ShapeContext(*tensor_shapes.context.unbind())
-        return cls(torch.ones_like(shape.log_numel), shape, statistics, state, *log_rms)
+        log_share = tensor_shapes.numel.log() - shape.log_numel
+        return cls(torch.ones_like(shape.log_numel), shape, statistics, state, log_share, *log_rms)
 
 
 class ContextFeature(NamedTuple):
@@ -75,6 +77,16 @@ def _log_sparsity(c: ContextInputs) -> Tensor:
     return (c.statistics.means.abs_b.clamp(min=1e-30) / c.statistics.rms_b).clamp(1e-3, 1.0).log()
 
 
+def _log_rare_rows(c: ContextInputs) -> Tensor:
+    """How rare an embedding's rows are: large where there are many, and momentum lies on few of them.
+
+    A row that one batch in hundreds touches is moved that often only, and has to move further each time. A decoder has
+    as many rows, but all of them in every batch.
+    """
+    over_all = _log_sparsity(c) + 0.5 * c.log_share  # rows left out have no momentum
+    return c.shape.log_embedding_rows * (-over_all).clamp(max=1.0)
+
+
 #: Of this tensor only: a tensor's update does not depend on the tensors beside it.
 CONTEXT: dict[str, ContextFeature] = {
     "bias": ContextFeature(0.0, 1.0, lambda c: c.one),
@@ -90,6 +102,7 @@ CONTEXT: dict[str, ContextFeature] = {
     "log_rms_h": ContextFeature(-2.0, 1.0, lambda c: c.log_rms_h),
     "log_rms_u": ContextFeature(0.0, 1.0, lambda c: c.log_rms_u),
     "log_sparsity": ContextFeature(-0.3, 0.5, _log_sparsity),
+    "log_rare_rows": ContextFeature(0.0, 1.0, _log_rare_rows),
 }
 
 #: What the head of a new policy sees if its configuration does not say.

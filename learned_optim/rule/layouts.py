@@ -26,6 +26,10 @@ Role = Literal["matrix", "embedding", "head", "vector", "conv"]
 ROLES: tuple[Role, ...] = get_args(Role)
 #: The roles of tensors that are orthogonalised, whatever their aspect ratio; those of other roles never are.
 ORTHOGONALIZED: tuple[Role, ...] = ("matrix", "conv")
+#: Rows per column from which a matrix without a role counts as an embedding.
+EMBEDDING_ASPECT = 16.0
+#: Embeddings of up to so many rows are treated like any other tensor.
+FEW_ROWS = 1000.0
 
 
 def indices_by(keys: Iterable[Key]) -> dict[Key, list[int]]:
@@ -63,20 +67,25 @@ class ShapeContext(NamedTuple):
     is_vector: Any
     is_convolution: Any
     log_fan_ratio: Any  #: logarithm of outputs over inputs
+    log_embedding_rows: Any  #: logarithm of an embedding's rows over ``FEW_ROWS``, if there are more; 0 elsewhere
 
     @classmethod
     def of(cls, shape: Sequence[int], role: Role | None = None) -> ShapeContext:
         is_vector = len(shape) <= 1 or role == "vector"
         is_convolution = role == "conv" or (role is None and len(shape) >= 3)
         fan_ratio = 0.0 if is_vector else math.log(max(shape[0], 1) / max(shape[1], 1))
-        return cls(math.log(max(math.prod(shape), 1)), float(is_vector), float(is_convolution), fan_ratio)
+        log_numel = math.log(max(math.prod(shape), 1))
+        tall = len(shape) == 2 and shape[0] >= EMBEDDING_ASPECT * shape[1]
+        is_embedding = role == "embedding" or (role is None and tall)
+        log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if is_embedding else 0.0
+        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows)
 
 
 class TensorShapes(NamedTuple):
     """What the head needs to know about the shapes of K tensors, in float64."""
 
     numel: Tensor  #: [K], coordinates of each whole tensor; 1 for empty ones
-    context: Tensor  #: [4, K], rows as in :class:`ShapeContext`
+    context: Tensor  #: [5, K], rows as in :class:`ShapeContext`
 
     @classmethod
     def of(

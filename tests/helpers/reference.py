@@ -162,11 +162,12 @@ class ReferenceTensor:
         self.cosine_slow = slow * self.cosine_slow + (1.0 - slow) * cosine
 
     def context(self, p, u, b, h1):
-        """The 13 inputs of the tensor head."""
+        """The inputs of the tensor head."""
         config = self.config
         fan_ratio = math.log(self.shape[0] / self.shape[1]) if len(self.shape) >= 2 else 0.0
         mean_abs_b = sum(abs(x) for x in b) / len(b)
         sparsity = mean_abs_b / rms(b) if any(b) else 0.0
+        rows = self.shape[0] if len(self.shape) == 2 and self.shape[0] >= 16 * self.shape[1] else 1
         values = {
             "bias": 1.0,
             "log_age": math.log(self.age),
@@ -181,6 +182,7 @@ class ReferenceTensor:
             "log_rms_h": math.log(max(rms(h1), 1e-4)),
             "log_rms_u": math.log(max(rms(u), 1e-4)),
             "log_sparsity": math.log(clamp(sparsity, 1e-3, 1.0)),
+            "log_rare_rows": math.log(max(rows, 1000) / 1000) * min(-math.log(clamp(sparsity, 1e-3, 1.0)), 1.0),
         }
         bound = config.context_bound
         return [

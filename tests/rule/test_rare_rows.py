@@ -1,0 +1,85 @@
+"""Embeddings of which a batch touches few rows: the context hears of it, and the bundled rule takes larger steps."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from helpers.rule_checks import assert_follows_reference
+from learned_optim import LearnedOptimizer, Policy
+from learned_optim.rule.context import ContextInputs, TensorStatistics, tensor_context
+from learned_optim.rule.layouts import Segments, TensorShapes, Whole
+from learned_optim.rule.types import TensorState, TensorSums
+
+POLICY = Policy.from_pretrained("default")
+
+
+def some_rows(shapes, steps, generator):
+    """Gradients on every seventh row."""
+    for _ in range(steps):
+        grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in shapes]
+        for g in grads:
+            g[torch.arange(len(g)) % 7 != 0] = 0.0
+        yield grads
+
+
+def test_the_transcription_says_the_same():
+    shapes = [(3000, 1), (40, 3), (3000,), (1600, 2)]
+    assert_follows_reference(POLICY, shapes, Segments(shapes), steps=3, gradients=some_rows)
+
+
+def feature(shape, grad, role=None, counted=None):
+    """``log_rare_rows`` after one step with this gradient; ``counted``: coordinates of the rows that have one."""
+    layout = Whole(shape, role=role)
+    x = grad.flatten()
+    one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    sums = TensorSums(*(layout.inner(x, x) for _ in TensorSums._fields))._replace(abs_b=layout.total(x.abs()))
+    shapes = TensorShapes.of([shape], roles=[role])
+    shapes = shapes if counted is None else shapes.counting([counted])
+    state = TensorState(zero, zero, zero, one)
+    context = tensor_context(POLICY.config, ContextInputs.of(shapes, TensorStatistics.of(shapes, sums), state))
+    return float(context[POLICY.config.context.index("log_rare_rows")])
+
+
+def rare(rows, columns, share):
+    grad = torch.zeros(rows, columns, dtype=torch.float64)
+    grad[: round(rows * share)] = torch.randn(round(rows * share), columns, dtype=torch.float64)
+    return grad
+
+
+def test_what_it_is_large_for():
+    assert feature((20_000, 8), rare(20_000, 8, 0.02)) == pytest.approx(math.log(20.0))
+    assert feature((20_000, 8), rare(20_000, 8, 1.0)) < 0.3 * math.log(20.0)  # a decoder
+    assert feature((1000, 8), rare(1000, 8, 0.02)) == 0.0
+    assert feature((20_000, 2000), rare(20_000, 2000, 0.02)) == 0.0  # not tall
+    assert feature((20_000,), rare(20_000, 1, 0.02)[:, 0]) == 0.0
+
+
+def test_a_role_goes_before_the_shape():
+    grad = rare(20_000, 8, 0.02)
+    assert feature((20_000, 8), grad, "head") == feature((20_000, 8), grad, "matrix") == 0.0
+    assert feature((4000, 2000), rare(4000, 2000, 0.02), "embedding") == pytest.approx(math.log(4.0))
+
+
+def test_rows_of_a_sparse_gradient_count_as_part_of_the_whole():
+    rows = torch.randn(3000, 4, dtype=torch.float64) ** 3
+    whole = torch.cat([rows, torch.zeros(9000, 4, dtype=torch.float64)])
+    assert feature((12_000, 4), rows, "embedding", rows.numel()) == pytest.approx(feature((12_000, 4), whole))
+
+
+def test_rare_rows_of_a_large_embedding_move_further_than_without_it():
+    moved = []
+    for weight in (0.0, float(POLICY.head[0, -1].detach())):
+        policy = Policy(dataclasses.replace(POLICY.config))
+        policy.load_state_dict(POLICY.state_dict())
+        with torch.no_grad():
+            policy.head[0, -1] = weight
+        p = torch.nn.Parameter(torch.zeros(20_000, 8))
+        opt = LearnedOptimizer([p], lr=1e-3, policy=policy)
+        p.grad = rare(20_000, 8, 0.02).float()
+        opt.step()
+        moved.append(float(p.detach().square().mean().sqrt()))
+    assert moved[1] > 5.0 * moved[0]
