@@ -82,4 +82,4 @@ def test_rare_rows_of_a_large_embedding_move_further_than_without_it():
         p.grad = rare(20_000, 8, 0.02).float()
         opt.step()
         moved.append(float(p.detach().square().mean().sqrt()))
-    assert moved[1] > 5.0 * moved[0]
+    assert moved[1] > 4.0 * moved[0]
