@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learned_optim.engine.collect import name_of
+from learned_optim.engine.collect import name_of, parts_of
 from learned_optim.engine.head import StepRecord
 from learned_optim.engine.kinds import TensorKind
 from learned_optim.engine.param_state import ParamIndex
@@ -23,7 +23,7 @@ def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str
     for g, group in enumerate(groups):
         kind = TensorKind.of(group)
         for i, p in enumerate(group["params"]):
-            parts = kind.parts(p)
+            parts = parts_of(groups, (g, i), kind, p)
             shape = parts[0].shape
             role = kind.role or ("vector" if len(shape) <= 1 else "conv" if len(shape) >= 3 else "matrix")
             of = {part.shape: None for part in parts}

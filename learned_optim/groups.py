@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,8 @@ def param_groups(
         model: of any kind; parameters that need no gradient are among the groups, too, and stay as they are.
         weight_decay: of the groups that have any.
         overrides: keys by pattern of parameter names (``{"*.w_experts": {"stacked": 1}}``), of which later ones win:
-            ``role``, ``stacked``, ``split``, ``transposed``, or anything else that a group may hold.
+            ``role``, ``stacked``, ``split``, ``transposed``, or anything else that a group may hold. A tied parameter
+            has several names; any of them will do.
         group_defaults: put into every group, such as ``lr``.
 
     Returns:
@@ -52,7 +54,7 @@ def param_groups(
         not know these leave them alone.
 
     Raises:
-        TypeError: this is no module.
+        TypeError: this is no module, or overrides are no mappings.
         ValueError: a pattern that fits no parameter; a lazy layer that has not seen an input yet.
 
     Example:
@@ -66,8 +68,16 @@ def param_groups(
     lazy = [name for name, p in named.items() if isinstance(p, nn.parameter.UninitializedParameter)]
     if lazy:
         raise ValueError(f"{lazy} have no shape yet: run the model on an input first")
-    overrides = overrides or {}
-    unused = [pattern for pattern in overrides if not any(fnmatchcase(name, pattern) for name in named)]
+    overrides = {} if overrides is None else overrides
+    of_patterns = overrides.values() if isinstance(overrides, Mapping) else [overrides]
+    if any(not isinstance(changed, Mapping) or "params" in changed for changed in of_patterns):
+        raise TypeError(
+            f"Invalid overrides: {overrides!r}; expected group keys by pattern, {{'head.*': {{'lr': 1e-4}}}}"
+        )
+    names: dict[Tensor, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    unused = [pattern for pattern in overrides if not any(_fits(of_one, pattern) for of_one in names.values())]
     if unused:
         raise ValueError(f"no parameter has a name like {unused}; there are {list(named)[:8]} and so on")
     uses = _uses(model)
@@ -75,15 +85,21 @@ def param_groups(
     groups: dict[tuple, dict[str, Any]] = {}
     for name, p in named.items():
         keys = _of_parameter(uses[p], heads)
-        decay = 0.0 if keys.get("role") == "vector" else weight_decay
-        group = {"weight_decay": decay, **group_defaults, **keys}
+        found = keys.get("role")
         for pattern, changed in overrides.items():
-            if fnmatchcase(name, pattern):
-                group.update(changed)
+            if _fits(names[p], pattern):
+                keys |= changed
+        decay = 0.0 if (keys.get("role") or found) == "vector" else weight_decay
+        group = {"weight_decay": decay, **group_defaults, **keys}
         group = {key: value for key, value in group.items() if key not in KIND_KEYS or value is not None}
-        same = tuple(sorted((key, repr(value)) for key, value in group.items()))
+        # What is printed of a tensor is rounded: two learning rates may look the same.
+        same = tuple(sorted((key, id(v) if isinstance(v, Tensor) else repr(v)) for key, v in group.items()))
         groups.setdefault(same, {"params": [], **group})["params"].append((name, p))
     return list(groups.values())
+
+
+def _fits(names: list[str], pattern: str) -> bool:
+    return any(fnmatchcase(name, pattern) for name in names)
 
 
 class _Use(NamedTuple):
@@ -117,11 +133,13 @@ def _heads(model: nn.Module) -> set[Tensor]:
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             shapes.add(module.weight.shape)
-        elif isinstance(module, nn.Linear):
+        elif _is_linear(module):
             last = module.weight
             count[last.shape] = count.get(last.shape, 0) + 1
         outputs = getattr(module, "get_output_embeddings", None)
-        head = outputs() if callable(outputs) else None
+        head = None
+        with suppress(NotImplementedError):  # of a base class: the model names none
+            head = outputs() if callable(outputs) else None
         if isinstance(head, nn.Module):
             heads.update(p for p in head.parameters(recurse=False) if p.ndim == 2)
     if last is not None:
@@ -183,7 +201,7 @@ def _linear(use: _Use) -> Keys | None:
     if isinstance(module, nn.Bilinear):
         return {"role": "matrix"}
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    if not isinstance(module, nn.Linear) and not transposed:
+    if not _is_linear(module) and not transposed:
         return None
     weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
@@ -195,6 +213,11 @@ def _linear(use: _Use) -> Keys | None:
     }
 
 
+def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
+    """Whether it has the weight of a linear layer: sharding flattens it, subclasses stack several."""
+    return isinstance(module, nn.Linear) and isinstance(module.weight, Tensor) and module.weight.ndim == 2
+
+
 def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None:
     """How the outputs of a layer with a telling name are cut."""
     count = _PACKED.get(use.module_name, 0)
@@ -202,13 +225,12 @@ def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None
         return 2 if outputs % 2 == 0 else None
     if use.module_name == "c_attn" and outputs == 2 * inputs:  # keys and values of what attends to another sequence
         return 2
-    if count == 3 and outputs == 3 * inputs:
-        return 3
     if use.module_name == "qkv_proj":  # with fewer keys and values than queries
         heads, width = getattr(use.parent, "num_key_value_heads", None), getattr(use.parent, "head_dim", None)
         if isinstance(heads, int) and isinstance(width, int) and 0 < 2 * heads * width < outputs:
-            return outputs - 2 * heads * width, heads * width, heads * width
-    return None
+            keys = heads * width
+            return 3 if outputs == 3 * keys else (outputs - 2 * keys, keys, keys)
+    return 3 if count == 3 and outputs == 3 * inputs else None
 
 
 def _unknown(use: _Use) -> Keys:

@@ -17,8 +17,9 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # what deterministi
 import torch
 from torch import Tensor, nn
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, Policy
 from learned_optim.bench import step as bench
+from learned_optim.bench.ablations import variant
 from learned_optim.engine import compiled, packing, products
 from learned_optim.engine.graph import MOVES, WARM_UP, CudaCapture, StepGraph
 
@@ -189,7 +190,8 @@ def contenders() -> dict[str, Make]:
         every["Muon"] = _muon
     every["ours, default"] = lambda ps: LearnedOptimizer(ps)
     every["ours, without graph"] = lambda ps: without_graph(LearnedOptimizer(ps))
-    every["ours, elementwise"] = lambda ps: LearnedOptimizer(ps, policy="elementwise")
+    plain = variant(Policy.from_pretrained("default"), orthogonal=0.0)
+    every["ours, not orthogonalised"] = lambda ps: LearnedOptimizer(ps, policy=plain)
     return every
 
 

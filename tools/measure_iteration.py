@@ -1,6 +1,6 @@
 """What a whole training iteration costs over AdamW's: gradient and step, on the validation tasks, as a user gets it.
 
-    python tools/measure_iteration.py docs/results/iteration.json [--policies default elementwise] [--rounds 60]
+    python tools/measure_iteration.py docs/results/iteration.json [--policies default] [--rounds 60]
 
 Default arguments, one thread, processor time. Every optimizer trains the same task from the same start, and they take
 turns, iteration by iteration, so that whatever else the machine does hits all alike. Figures are medians and ratios of
@@ -84,7 +84,7 @@ def summary(rows: dict[str, Any], policy: str) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path, nargs="?")
-    parser.add_argument("--policies", nargs="+", default=["default", "elementwise"])
+    parser.add_argument("--policies", nargs="+", default=["default"])
     parser.add_argument("--rounds", type=int, default=60)
     arguments = parser.parse_args()
     torch.set_num_threads(1)

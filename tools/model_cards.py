@@ -26,8 +26,6 @@ PURPOSES = {
     "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
     "orthogonalises the updates of matrices, as Muon does. Not for fine-tuning on little data, and not for models that "
     "are mostly a large embedding.",
-    "elementwise": "For models with large embeddings, or where matrix products are too slow: it treats every parameter "
-    "by itself. It gains less than default.",
     "reader": "For a language model that learns while it reads, and for nothing else: it moves the weights of a "
     "trained model after every few words of a text.",
 }

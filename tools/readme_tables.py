@@ -6,8 +6,7 @@ A table stands between ``<!-- results:NAME -->`` and ``<!-- /results -->``, a fi
 the pages say; in addition:
 
 - ``peers.json`` and ``ablations.json`` are the ``results.json`` of ``learned-optim bench --suite quality --keep 3
-  --backend compiled``, the latter's with ``--ablations --seeds 3``; the row of ``elementwise`` in the former is from a
-  run with ``--policies elementwise``;
+  --backend compiled``, the latter's with ``--ablations --seeds 3``;
 - ``iteration.json`` comes from ``tools/measure_iteration.py``. Until there is one, its figures are dashes;
 - ``habits.json`` is what ``learned-optim bench --suite habits`` writes;
 - ``nanogpt.json`` was measured outside this repository;
@@ -43,7 +42,6 @@ PRETRAINED = ROOT / "pretrained"
 ELSEWHERE = {
     "quality": PRETRAINED / "default" / "results.json",
     "config": PRETRAINED / "default" / "config.json",
-    "elementwise_config": PRETRAINED / "elementwise" / "config.json",
     "step": ROOT / "docs" / "step" / "results.json",
 }
 OF_TABLES = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
@@ -327,9 +325,9 @@ def _sizes(results: Results) -> str:
     return " and ".join(f"{round(size, -3):,}" for size in (min(sizes), max(sizes)))
 
 
-def _bytes(of_state: int, config: str = "config") -> Callable[[Results], str]:
+def _bytes(of_state: int) -> Callable[[Results], str]:
     """Of state per parameter: v in float32, m and the hidden units in ``of_state`` bytes each."""
-    return lambda results: str(4 + of_state * (1 + len(results[config]["hidden_weights"])))
+    return lambda results: str(4 + of_state * (1 + len(results["config"]["hidden_weights"])))
 
 
 def _count(results: Results) -> str:
@@ -348,15 +346,10 @@ def _muon_lower(results: Results) -> str:
     return str(sum(theirs[row["task"]] < row["loss"] for row in ours))
 
 
-def _elementwise(results: Results) -> str:
-    return f"{results.contender('learned: elementwise')['summary']['speedup']:.1f}"
-
-
 #: Figures within sentences.
 FIGURES: dict[str, Callable[[Results], str]] = {
     "steps": _mean("steps"), "iteration": _mean("iteration"), "time": _mean("time"), "held_out": _held_out,
-    "sizes": _sizes, "tasks": _count, "elementwise": _elementwise,
-    "bytes": _bytes(4), "bytes_bfloat16": _bytes(2), "bytes_elementwise": _bytes(4, "elementwise_config"),
+    "sizes": _sizes, "tasks": _count, "bytes": _bytes(4), "bytes_bfloat16": _bytes(2),
     "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
     "muon_lower": _muon_lower, "good_start": zoo_tables.good_start,
     "users_steps": zoo_tables.users_steps, "users_time": zoo_tables.users_time,

@@ -56,13 +56,13 @@ def with_parts(policy: Policy, parts: Sequence[str]) -> Policy:
     if unknown:
         raise ValueError(f"unknown parts {unknown}; known are {sorted(PARTS)}")
     present = {name for part in parts for name in PARTS[part]}
-    return _with(policy, {k: w if k in present else torch.zeros_like(w) for k, w in policy.weights().items()})
+    return variant(policy, {k: w if k in present else torch.zeros_like(w) for k, w in policy.weights().items()})
 
 
 def random_weights(policy: Policy) -> Policy:
     """A copy of ``policy`` whose weight tensors are drawn anew, each normal with the root mean square it had."""
     rng = torch.Generator().manual_seed(0)
-    return _with(
+    return variant(
         policy,
         {k: torch.randn(w.shape, generator=rng) * w.detach().square().mean().sqrt() for k, w in
          sorted(policy.weights().items())},
@@ -92,9 +92,9 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     rows.append(Ablation("+ amplitude" if is_mixture else f"+ {config.cell.upper()}", policy))
     if config.pace_gain or config.pace_rate:
         rest = {name: w for name, w in policy.weights().items() if name != "pace"}
-        rows.append(Ablation("without pace", _with(policy, rest, pace_gain=0.0, pace_rate=0.0)))
+        rows.append(Ablation("without pace", variant(policy, rest, pace_gain=0.0, pace_rate=0.0)))
     if config.orthogonal:
-        rows.append(Ablation("without orthogonalising", _with(policy, policy.weights(), orthogonal=0.0)))
+        rows.append(Ablation("without orthogonalising", variant(policy, orthogonal=0.0)))
     rows.append(Ablation("hidden state reset", policy, "reset"))
     notes = []
     if is_mixture:
@@ -112,7 +112,9 @@ def ablations(policy: Policy, gru: Policy | None = None) -> tuple[list[Ablation]
     return rows, notes
 
 
-def _with(policy: Policy, weights: Mapping[str, torch.Tensor], **changes: Any) -> Policy:
+def variant(policy: Policy, weights: Mapping[str, torch.Tensor] | None = None, **changes: Any) -> Policy:
+    """A copy of ``policy`` with changes to its configuration and, if given, other weights."""
     other = Policy(dataclasses.replace(policy.config, **changes), generator=torch.Generator(), source=policy.source)
+    weights = policy.weights() if weights is None else weights
     other.load_state_dict({name: w.detach().clone() for name, w in weights.items()})
     return other

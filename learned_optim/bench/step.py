@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from learned_optim.bench.ablations import variant
 from learned_optim.bench.config import StepBenchConfig
 from learned_optim.optimizer import LearnedOptimizer
+from learned_optim.policy.policy import Policy
 
 REFERENCE = "AdamW"
-#: The bundled default, whose matrices are orthogonalised; the other rows of ours are the bundled ``elementwise``.
+#: The bundled default, whose matrices are orthogonalised; the other rows of ours are the same without that.
 ORTHOGONAL = "ours, default"
 Progress = Callable[[str], None]
 
@@ -106,14 +108,13 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         pass
     if products:
         optimizers[ORTHOGONAL] = lambda ps: LearnedOptimizer(ps, backend="compiled")
+    plain = variant(Policy.from_pretrained("default"), orthogonal=0.0)
     rest: dict[str, dict[str, Any]] = {
-        "eager": {"backend": "eager"},
-        "compiled": {},
-        "safeguard": {"safeguard": True},
+        "eager": {"backend": "eager"}, "compiled": {}, "safeguard": {"safeguard": True},
         "bfloat16 state": {"state_dtype": torch.bfloat16},
-    }
+    }  # fmt: skip
     for name, options in rest.items():
-        options = {"policy": "elementwise", "backend": "compiled", **options}
+        options = {"policy": plain, "backend": "compiled", **options}
         optimizers[f"ours, {name}"] = lambda ps, options=options: LearnedOptimizer(ps, **options)
     return optimizers
 
@@ -285,8 +286,7 @@ def _on(device: str, sizes: Sequence[int], repeats: int, model: bool, progress: 
     if model:
         progress(f"{device}: a GPT's tensors")
         shapes = [p.shape for p in Gpt().parameters()]
-        count = sum(math.prod(shape) for shape in shapes)
-        measured["cases"] += [steps([_matrix(count)], repeats, device), steps(shapes, repeats, device)]
+        measured["cases"] += [steps(s, repeats, device) for s in ([_matrix(sum(map(math.prod, shapes)))], shapes)]
         progress(f"{device}: a GPT's training steps")
         measured["training"] = training_steps(max(3, repeats // 3), device)
     return measured

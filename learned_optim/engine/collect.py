@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.device_scalars import contexts_on_gpu
-from learned_optim.engine.hyperparameters import StepContext, of_groups
+from learned_optim.engine.hyperparameters import StepContext, of_groups, on_host
 from learned_optim.engine.kinds import Part, TensorKind, kinds_of
 from learned_optim.engine.param_state import (
     GUARDED_TENSOR_KEYS,
@@ -26,6 +26,7 @@ from learned_optim.engine.param_state import (
 )
 from learned_optim.engine.state_checks import Named, StateMismatch, check_apart, check_fits, check_param, check_sparse
 from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.layouts import indices_by
 from learned_optim.rule.types import Hyperparameters
 
 _ONE = torch.tensor(1.0, device="cpu")  # a float would be made a tensor anew for each that it is added to
@@ -182,11 +183,15 @@ class Collector:
         """Count the step of each parameter, and tell it its context."""
         counts = [p.count for params in by_group for p in params]
         if self.keys.on_gpu:
+            for p in itertools.chain.from_iterable(by_group):
+                if (counted := on_host(p.count)) is not None:
+                    self._check_counted(p, counted)
             for hyper, params in zip(hypers, by_group, strict=True):
-                if params:
-                    of_group = [p.count for p in params]
+                for indices in indices_by(p.count.device for p in params).values():
+                    alike = [params[i] for i in indices]
+                    of_group = [p.count for p in alike]
                     torch._foreach_add_(of_group, 1.0)  # pyright: ignore[reportPrivateImportUsage]
-                    for p, context in zip(params, contexts_on_gpu(of_group, hyper), strict=True):
+                    for p, context in zip(alike, contexts_on_gpu(of_group, hyper), strict=True):
                         p.context = context
             return
         if counts:
@@ -200,12 +205,16 @@ class Collector:
                 if context is None:
                     if not step >= 1.0:
                         uncount(counts)
-                        raise StateMismatch(
-                            f"the state of parameter {self.names[p.param_index]!r} has counted {step - 1.0} steps, "
-                            "expected 0 or more. Nothing was changed"
-                        )
+                    self._check_counted(p, step - 1.0)
                     context = by_step[step] = StepContext(step, hyper)
                 p.context = context
+
+    def _check_counted(self, param: ParamState, steps: float) -> None:
+        if not steps >= 0.0:
+            raise StateMismatch(
+                f"the state of parameter {self.names[param.param_index]!r} has counted {steps} steps, expected 0 or "
+                "more. Nothing was changed"
+            )
 
     def _look_at(self, new: Sequence[_New], groups: Groups, states: MutableMapping[Tensor, State]) -> None:
         """Check parameters that are not as they were in the last step, complete their state and keep them."""
@@ -278,7 +287,6 @@ def check_added(groups: list[dict[str, Any]]) -> None:
     """
     group = groups.pop()
     kind = TensorKind.of(group)
-    for p in group["params"]:
-        if kind.is_packed:
-            kind.parts(p)
+    for i, p in enumerate(group["params"]):
+        parts_of([*groups, group], (len(groups), i), kind, p)
     groups.append(group)

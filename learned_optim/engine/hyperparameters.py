@@ -110,6 +110,11 @@ def _number(what: str, value: Any, read: bool, below: float = math.inf) -> Any:
     return number
 
 
+def on_host(value: Tensor) -> float | None:
+    """A number that the host can read without waiting for a device."""
+    return None if _is_on_gpu(value) else float(value)
+
+
 def _is_on_gpu(value: Tensor) -> bool:
     return value.device.type != "cpu"
 

@@ -90,7 +90,7 @@ class TensorKind(NamedTuple):
             )
         if role is not None and role not in ROLES:
             raise ValueError(f"Invalid role: {role!r}; choose one of {ROLES} or None")
-        if transposed not in (None, False, True):
+        if not isinstance(transposed, bool | None):
             raise TypeError(f"Invalid transposed: {transposed!r}; expected True or False")
         return cls(stacked, tuple(counts) if isinstance(split, tuple | list) else split, role, bool(transposed))
 
@@ -130,8 +130,11 @@ def _parts(kind: TensorKind, shape: torch.Size, ndim: int) -> tuple[Part, ...]:
     if not kind.is_packed:
         return (Part(None, (0,) * len(shape), shape, 0, role, transposed),)
     size = tuple(shape[:ndim])
-    if ndim <= stacked or 0 in size:
-        raise ValueError(f"stacked={stacked} needs {stacked + 1} dimensions or more, the parameter has shape {size}")
+    if ndim <= stacked:
+        what = f"stacked={stacked}" if stacked else f"split={split}"
+        raise ValueError(f"{what} needs {stacked + 1} dimensions or more, the parameter has shape {size}")
+    if 0 in size:
+        raise ValueError(f"a parameter of shape {size} is empty: it cannot be stacked or split")
     dim = stacked + transposed
     rows = shape[dim]
     sizes = (rows,) if split is None else (rows // split,) * split if isinstance(split, int) else split

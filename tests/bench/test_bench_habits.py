@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from learned_optim import Policy, PolicyConfig
 from learned_optim.bench import habits
@@ -23,10 +24,7 @@ from learned_optim.policy.results import validate
 
 SHORT = Lengths(noise=30, target=20, window=10, good_start=30, flips=30, training=30)
 ADAMW = Contender(SAME)
-
-
-def bundled(name: str) -> Contender:
-    return Contender(name, policy=Policy.from_pretrained(name))
+DEFAULT = Contender("default", policy=Policy.from_pretrained("default"))
 
 
 @pytest.fixture(scope="module")
@@ -62,12 +60,19 @@ def test_adamw_made_of_a_policy_has_adamws_habits(name: str) -> None:
         assert len(values) == (1 if "learning rate" in figure else 2)
 
 
-def test_the_weaknesses_of_the_bundled_rules_show() -> None:
-    steps = habits.noise(bundled("elementwise"), Lengths(noise=100), [0])
-    assert steps["matrix, step 100"][0] > 2.0 * steps["matrix, step 1"][0]
-    leaving, staying = (
-        habits.good_start(c, Lengths(good_start=60), [0])["lr 0.001"][0] for c in (bundled("default"), ADAMW)
-    )
+def test_steps_that_grow_on_noise_show_and_those_of_the_default_shrink() -> None:
+    growing = Policy()
+    with torch.no_grad():
+        growing.weights()["head"][0, growing.config.context.index("log_age")] = 2.0
+    for contender, is_larger in ((Contender("growing", policy=growing, backend="eager"), True), (DEFAULT, False)):
+        steps = habits.noise(contender, Lengths(noise=100), [0])
+        for tensor in ("matrix", "vector"):
+            ratio = steps[f"{tensor}, step 100"][0] / steps[f"{tensor}, step 1"][0]
+            assert ratio > 2.0 if is_larger else ratio < 0.8
+
+
+def test_a_good_start_that_the_default_leaves_shows() -> None:
+    leaving, staying = (habits.good_start(c, Lengths(good_start=60), [0])["lr 0.001"][0] for c in (DEFAULT, ADAMW))
     assert leaving > 10.0 * staying
 
 
@@ -142,18 +147,18 @@ def test_the_command_prints_the_tables_and_writes_the_rest(
     measured: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("learned_optim.bench.habits.run_habits", lambda *_, policies, **__: {
-        **measured, "policies": {"elementwise": "", **measured["policies"]},
-        "figures": {name: {"elementwise": by["mine"], **by} for name, by in measured["figures"].items()},
+        **measured, "policies": {"reader": "", **measured["policies"]},
+        "figures": {name: {"reader": by["mine"], **by} for name, by in measured["figures"].items()},
     })  # fmt: skip
-    options = ["--suite", "habits", "--no-bundled", "--policies", "elementwise", "--quick", "--out", str(tmp_path)]
+    options = ["--suite", "habits", "--no-bundled", "--policies", "reader", "--quick", "--out", str(tmp_path)]
     assert main(["bench", *options]) == 0
     printed = capsys.readouterr()
     assert "## Steps on pure noise" in printed.out
     assert printed.out.rstrip().endswith(str(tmp_path))
     written = json.loads((tmp_path / "habits.json").read_text())
-    command = "learned-optim bench --suite habits --policies elementwise --quick --no-bundled"
+    command = "learned-optim bench --suite habits --policies reader --quick --no-bundled"
     assert sorted(written["command"].split()) == sorted(command.split())
-    own = json.loads((tmp_path / "policies" / "elementwise" / "results.json").read_text())
+    own = json.loads((tmp_path / "policies" / "reader" / "results.json").read_text())
     assert own["habits"]["command"] == written["command"]
     assert own["license"] == "apache-2.0"
     assert (tmp_path / "table.md").is_file()
@@ -161,8 +166,8 @@ def test_the_command_prints_the_tables_and_writes_the_rest(
 
 
 def test_bundled_policies_come_first_and_none_twice() -> None:
-    assert habits.policy_names(HabitsConfig()) == ["default", "elementwise", "reader"]
-    assert habits.policy_names(HabitsConfig(policies=("a/b", "reader"))) == ["default", "elementwise", "reader", "a/b"]
+    assert habits.policy_names(HabitsConfig()) == ["default", "reader"]
+    assert habits.policy_names(HabitsConfig(policies=("a/b", "reader"))) == ["default", "reader", "a/b"]
     assert habits.policy_names(HabitsConfig(policies=("reader",), bundled=False)) == ["reader"]
 
 

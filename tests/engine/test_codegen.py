@@ -254,7 +254,7 @@ def test_shapes_are_resolved_and_unused_operations_left_out():
 
 # --- whole policies -------------------------------------------------------------------------------------------------
 
-BUNDLED = ("default", "elementwise", "reader")
+BUNDLED = ("default", "reader")
 
 
 def both_after_steps(policy, dtype=torch.float32, **options):

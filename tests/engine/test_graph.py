@@ -410,6 +410,29 @@ def test_a_capture_that_could_not_be_replayed_is_refused_before_anything_changes
     assert_unchanged(optimizer, before)
 
 
+@pytest.mark.parametrize("options", [{}, {"capturable": True}], ids=str)
+@pytest.mark.parametrize("steps", [-3.0, float("nan")])
+def test_a_step_count_that_cannot_be_is_refused_where_the_host_can_see_it(options, steps):
+    params = leaves(*SHAPES)
+    optimizer = make(params, **options)
+    run(optimizer, params, 2)
+    optimizer.state[params[1]]["step"].fill_(steps)
+    give_gradients(params, 7)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match=rf"'0\.1' has counted {steps} steps, expected 0 or more"):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+def test_capturable_counts_steps_on_each_device_of_a_group():
+    params = [torch.nn.Parameter(torch.ones(3, device=device)) for device in ("cpu", "meta")]
+    optimizer = make(params, capturable=True)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    collected = optimizer._collector.collect(optimizer.param_groups, optimizer.state)
+    assert [p.context.step.device.type for p in collected] == ["cpu", "meta"]
+
+
 def test_capturable_does_not_go_with_looking_at_gradients():
     with pytest.raises(ValueError, match="skip_nonfinite=True waits"):
         make(leaves((3,)), capturable=True, skip_nonfinite=True)

@@ -164,7 +164,8 @@ def test_what_tensors_are_stays_when_a_state_is_loaded_and_must_fit_it():
         ({"split": (2, 3)}, (6, 4), ValueError, r"split=\(2, 3\) does not add up to the 6 outputs"),
         ({"split": 4}, (6, 4), ValueError, "split=4 does not add up to the 6"),
         ({"split": (6,), "transposed": True}, (6, 4), ValueError, r"split=\(6,\) does not add up to the 4"),
-        ({"split": 2}, (), ValueError, "needs 1 dimensions"),
+        ({"split": 2}, (), ValueError, r"split=2 needs 1 dimensions.*\(\) \(parameter '[01]\.0'; nothing was changed"),
+        ({"split": 2}, (0, 4), ValueError, r"\(0, 4\) is empty"),
         ({"split": 0}, (6,), TypeError, "Invalid split: 0"),
         ({"split": (3, 3.0)}, (6,), TypeError, "Invalid split"),
         ({"split": ()}, (6,), TypeError, "Invalid split"),
@@ -173,6 +174,7 @@ def test_what_tensors_are_stays_when_a_state_is_loaded_and_must_fit_it():
         ({"stacked": -1}, (6, 4), TypeError, "Invalid stacked"),
         ({"role": "heads"}, (6, 4), ValueError, "Invalid role: 'heads'; choose one of"),
         ({"transposed": 2}, (6, 4), TypeError, "Invalid transposed"),
+        ({"transposed": torch.ones(2)}, (6, 4), TypeError, "Invalid transposed"),
     ],
     ids=str,
 )
@@ -188,8 +190,9 @@ def test_groups_that_cannot_be_are_refused_when_they_are_added_and_before_a_step
     optimizer.param_groups[1].update(keys)
     give_gradients([p, q], 0)
     before = snapshot(optimizer)
-    with pytest.raises(error, match=match):
-        optimizer.step()
+    for look_or_move in (optimizer.summary, optimizer.step):
+        with pytest.raises(error, match=match):
+            look_or_move()
     assert_unchanged(optimizer, before)
 
 

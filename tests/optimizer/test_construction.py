@@ -286,11 +286,11 @@ def test_a_group_cannot_have_a_policy_of_its_own():
     """Its name used to end up in checkpoints alone, which could not be loaded then."""
     p, q = leaves((3,), (2,))
     optimizer = make([p])
-    with pytest.raises(ValueError, match=r"policy 'elementwise'.*the same for all groups"):
-        optimizer.add_param_group({"params": [q], "policy": "elementwise"})
+    with pytest.raises(ValueError, match=r"policy 'reader'.*the same for all groups"):
+        optimizer.add_param_group({"params": [q], "policy": "reader"})
     assert len(optimizer.param_groups) == 1
     with pytest.raises(ValueError, match="the same for all groups"):
-        LearnedOptimizer(LearnedOptimizer([p]).param_groups, policy="elementwise")
+        LearnedOptimizer(LearnedOptimizer([p]).param_groups, policy="reader")
     again = LearnedOptimizer(LearnedOptimizer([p]).param_groups)
     again.load_state_dict(again.state_dict())
 
@@ -328,12 +328,12 @@ def test_warnings_are_errors_here():
 @pytest.mark.parametrize("kind", ["name", "policy", "folder", "own words"])
 def test_a_group_may_name_the_policy_that_the_optimizer_runs(kind, tmp_path):
     """As ``ZeroRedundancyOptimizer`` does; the group then holds what checkpoints hold."""
-    Policy.from_pretrained("elementwise").save_pretrained(tmp_path / "mine")
-    given = str(tmp_path / "mine") if kind == "folder" else "elementwise"
+    Policy.from_pretrained("reader").save_pretrained(tmp_path / "mine")
+    given = str(tmp_path / "mine") if kind == "folder" else "reader"
     optimizer = LearnedOptimizer(leaves((3,)), policy=given)
     ours = optimizer.defaults["policy"]
     asked = {"policy": optimizer.policy, "own words": ours}.get(kind, given)
     optimizer.add_param_group({"params": leaves((2,)), "policy": asked})
     assert [group["policy"] for group in optimizer.param_groups] == [ours, ours]
-    with pytest.raises(ValueError, match="asks for policy 'reader'"):
-        optimizer.add_param_group({"params": leaves((2,)), "policy": "reader"})
+    with pytest.raises(ValueError, match="asks for policy 'default'"):
+        optimizer.add_param_group({"params": leaves((2,)), "policy": "default"})

@@ -191,6 +191,61 @@ def test_what_is_no_model_and_what_has_no_shape_yet_is_refused():
         param_groups(nn.LazyLinear(3))
 
 
+@pytest.mark.parametrize("overrides", [{"weight": 3}, {"weight": {"params": []}}, [("weight", {})]], ids=str)
+def test_overrides_that_are_none_are_refused(overrides):
+    with pytest.raises(TypeError, match="Invalid overrides"):
+        param_groups(nn.Linear(2, 2), overrides=overrides)
+
+
+def test_a_tied_parameter_is_found_by_any_of_its_names():
+    model = LanguageModel(tied=True)
+    for name in ("wte.*", "head.*"):
+        groups = param_groups(model, overrides={name: {"lr": 0.5}})
+        assert [[name for name, _ in group["params"]] for group in groups if "lr" in group] == [["wte.weight"]]
+
+
+@pytest.mark.parametrize("shape", [(16,), (0,), (3, 4, 4)])
+def test_linear_layers_whose_weight_is_no_matrix_are_taken_by_their_shape(shape):
+    odd = nn.Linear(4, 4)
+    odd.weight = nn.Parameter(torch.ones(shape))
+    expected = "vector -" if len(shape) == 1 else taken(nn.ParameterList([odd.weight]))["0"]
+    assert taken(nn.Sequential(odd))["0.weight"] == expected
+    assert taken(nn.Sequential(odd, nn.Linear(4, 4)))["0.weight"] == expected
+
+
+@pytest.mark.parametrize(
+    ("inputs", "queries", "keys", "split"),
+    [(64, 64, 64, 3), (64, 64, 16, (64, 16, 16)), (64, 128, 32, (128, 32, 32))],  # the last: 192 = 3 * 64 outputs
+)
+def test_queries_keys_and_values_are_cut_by_the_heads_of_their_module(inputs, queries, keys, split):
+    attention = nn.ModuleDict({"qkv_proj": nn.Linear(inputs, queries + 2 * keys, bias=False), "o": nn.Linear(2, 2)})
+    attention.head_dim, attention.num_key_value_heads = 16, keys // 16
+    assert param_groups(nn.Sequential(attention))[0]["split"] == split
+
+
+def test_a_model_that_names_no_head_has_none():
+    class Base(nn.Sequential):
+        def get_output_embeddings(self):
+            raise NotImplementedError
+
+    assert taken(Base(nn.Linear(4, 4)))["0.weight"] == "matrix"
+
+
+def test_a_role_that_is_given_decides_on_weight_decay():
+    overrides = {"weight": {"role": "vector"}, "bias": {"role": None}}
+    assert [group["weight_decay"] for group in param_groups(nn.Linear(4, 4), overrides=overrides)] == [0.0, 0.0]
+    overrides["weight"]["weight_decay"] = 0.3
+    assert [group["weight_decay"] for group in param_groups(nn.Linear(4, 4), overrides=overrides)] == [0.3, 0.0]
+    assert param_groups(nn.Linear(4, 4), overrides={"bias": {"role": "matrix"}})[0]["weight_decay"] == 0.01
+
+
+def test_learning_rates_that_print_alike_stay_apart():
+    rates = torch.tensor([0.001, 0.00100001], dtype=torch.float64)
+    layers = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    groups = param_groups(layers, overrides={f"{i}.*": {"lr": rate} for i, rate in enumerate(rates)})
+    assert [float(group["lr"]) for group in groups] == rates.tolist()
+
+
 def test_marked_parameters_do_not_decay():
     model = nn.Linear(4, 4)
     model.weight._no_weight_decay = True

@@ -225,7 +225,7 @@ def test_speedups_in_time_are_those_in_steps_over_what_an_iteration_costs(tmp_pa
         assert row["cost of an iteration"] == row["speedup in time"] == tool.NOT_MEASURED
 
     tasks = [row["task"].partition("/")[0] for row in tool.Results()["quality"]["evaluation"]["tasks"]]
-    tasks = {name: {"ratio": {"default": 1.0 if i else 200.0, "elementwise": 1.2}} for i, name in enumerate(tasks)}
+    tasks = {name: {"ratio": {"default": 1.0 if i else 200.0, "another": 1.2}} for i, name in enumerate(tasks)}
     (folder / "iteration.json").write_text(json.dumps({"tasks": tasks, "summary": {}}), encoding="utf-8")
     rows = tool.ratios(tool.Results(folder))
     for _, row in rows[:-1]:

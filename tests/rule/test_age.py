@@ -8,19 +8,29 @@ import pytest
 import torch
 
 from helpers.support import POLICIES, give_gradients, leaves, make
-from learned_optim import LearnedOptimizer, Policy
+from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 
-BUNDLED = pytest.mark.parametrize("name", ["default", "elementwise"])
+
+def several_units():
+    """``default``'s age, beside four hidden units."""
+    policy = Policy(PolicyConfig(age_rate=1.0))
+    with torch.no_grad():
+        for column, weight in (("bias", -3.0), ("log_rms_u", 3.0)):
+            policy.weights()["age"][0, policy.config.context.index(column)] = weight
+    return policy
+
+
+BOTH = pytest.mark.parametrize("policy", ["default", several_units()], ids=["default", "several units"])
 
 
 def ages(optimizer):
     return [float(state["age"]) for state in optimizer.state.values()]
 
 
-def stepped(name, scales, shapes=((8, 6), (5,)), **options):
+def stepped(policy, scales, shapes=((8, 6), (5,)), **options):
     """The optimizer after gradients of these scales, and the ages after each step."""
     params = leaves(*shapes)
-    optimizer = LearnedOptimizer(params, policy=name, **options)
+    optimizer = LearnedOptimizer(params, policy=policy, **options)
     seen = []
     for step, scale in enumerate(scales):
         give_gradients(params, step, scale)
@@ -29,15 +39,15 @@ def stepped(name, scales, shapes=((8, 6), (5,)), **options):
     return optimizer, seen
 
 
-@BUNDLED
-def test_the_age_is_the_number_of_steps_while_gradients_keep_their_size(name):
-    _, seen = stepped(name, [1.0] * 30 + [0.5] * 30)
+@BOTH
+def test_the_age_is_the_number_of_steps_while_gradients_keep_their_size(policy):
+    _, seen = stepped(policy, [1.0] * 30 + [0.5] * 30)
     assert seen == [[float(step)] * 2 for step in range(1, 61)]
 
 
-@BUNDLED
-def test_gradients_that_are_suddenly_larger_make_a_tensor_young_and_it_grows_again(name):
-    _, seen = stepped(name, [1.0] * 40 + [300.0] + [1.0] * 10)
+@BOTH
+def test_gradients_that_are_suddenly_larger_make_a_tensor_young_and_it_grows_again(policy):
+    _, seen = stepped(policy, [1.0] * 40 + [300.0] + [1.0] * 10)
     assert max(seen[40]) < 8.0
     for earlier, later in pairwise(seen[40:]):
         assert later == pytest.approx([age + 1.0 for age in earlier])
