@@ -96,8 +96,8 @@ def _mixture(axes: Any, history: History) -> None:
     colours = ("#0072B2", "#D55E00", "#006D4F", "#2FA57F", "#83CDB4", "#C4E8DA")
     labels = [key.removeprefix("share_").replace("_", " ") for key in keys]
     axes.stackplot(steps, shares, labels=labels, colors=colours[: len(keys)])
-    axes.set(title="What the update is mixed of (mean of all)", ylabel="share of the weights", ylim=(0.0, 1.0))
-    axes.legend(loc="upper left", fontsize=8, framealpha=0.9)
+    axes.set(title="What updates are mixed of, on average", ylabel="share of the weights", ylim=(0.0, 1.0))
+    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
 
 
 def _comparable(value: float) -> float:
