@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.fsdp import fully_shard
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, param_groups
 
 CUDA = torch.cuda.is_available()
 DEVICE = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if CUDA else torch.device("cpu")
@@ -29,8 +29,10 @@ def start(name: str) -> tuple[nn.Module, torch.optim.Optimizer]:
         if isinstance(layer, nn.Linear):
             fully_shard(layer)
     fully_shard(model)
-    kind = torch.optim.AdamW if name == "AdamW" else LearnedOptimizer
-    return model, kind(model.parameters(), lr=1e-3)  # after fully_shard: the optimizer is to see the shards
+    # After fully_shard: the optimizer is to see the shards.
+    if name == "AdamW":
+        return model, torch.optim.AdamW(model.parameters(), lr=1e-3)
+    return model, LearnedOptimizer(param_groups(model), lr=1e-3)
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> float:

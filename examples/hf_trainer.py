@@ -12,7 +12,7 @@ import tempfile
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments
 
-from learned_optim import LearnedOptimizer
+from learned_optim import LearnedOptimizer, param_groups
 
 
 def examples(count: int = 512) -> list[dict[str, torch.Tensor]]:
@@ -28,8 +28,8 @@ def train(name: str, steps: int) -> float:
     torch.manual_seed(0)
     size = {"n_layer": 2, "n_head": 2, "n_embd": 32, "n_positions": 17, "vocab_size": 11}
     model = GPT2LMHeadModel(GPT2Config(**size, bos_token_id=10, eos_token_id=10))
-    learned = {"optimizer_cls_and_kwargs": (LearnedOptimizer, {"lr": 1e-3})}
-    # With a schedule of your own: optimizers=(LearnedOptimizer(model.named_parameters()), schedule)
+    # The groups say that GPT-2 packs three matrices into one, transposed. The Trainer makes the schedule (None).
+    learned = {"optimizers": (LearnedOptimizer(param_groups(model, weight_decay=0.01), lr=1e-3), None)}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             folder, max_steps=steps, learning_rate=1e-3, lr_scheduler_type="constant", weight_decay=0.01,

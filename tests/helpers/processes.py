@@ -1,4 +1,4 @@
-"""Two processes that stay: functions of a test module run in both at once, over gloo.
+"""Two processes that stay, or four: functions of a test module run in all at once, over gloo.
 
 Starting a process costs seconds, so one pair serves all tests of a module:
 
@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 
-SIZE = 2
 SECONDS = 120
 
 
@@ -51,12 +50,21 @@ class Ranks:
 
 def two_processes() -> Iterator[Ranks]:
     """A fixture's body."""
+    yield from _processes(2)
+
+
+def four_processes() -> Iterator[Ranks]:
+    """Another's; they take twice as long to start."""
+    yield from _processes(4)
+
+
+def _processes(size: int) -> Iterator[Ranks]:
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
-        ends = [context.Pipe() for _ in range(SIZE)]
+        ends = [context.Pipe() for _ in range(size)]
         started = [
-            context.Process(target=_serve, args=(rank, ends[rank][1], str(Path(folder) / "store")), daemon=True)
-            for rank in range(SIZE)
+            context.Process(target=_serve, args=(rank, size, ends[rank][1], str(Path(folder) / "store")), daemon=True)
+            for rank in range(size)
         ]
         for process in started:
             process.start()
@@ -73,11 +81,11 @@ def two_processes() -> Iterator[Ranks]:
                     process.kill()
 
 
-def _serve(rank: int, pipe: Any, store: str) -> None:
+def _serve(rank: int, size: int, pipe: Any, store: str) -> None:
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(SIZE)}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(size)}
     torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=SIZE, timeout=timedelta(seconds=SECONDS // 2)
+        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=SECONDS // 2)
     )
     while True:
         try:
