@@ -14,6 +14,7 @@ from learned_optim.engine.kinds import TensorKind
 from learned_optim.engine.param_state import ParamIndex
 from learned_optim.engine.step import StepReport
 from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.layouts import ShapeContext
 from learned_optim.rule.types import Coefficients
 
 
@@ -25,7 +26,8 @@ def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str
         for i, p in enumerate(group["params"]):
             parts = parts_of(groups, (g, i), kind, p)
             shape = parts[0].shape
-            role = kind.role or ("vector" if len(shape) <= 1 else "conv" if len(shape) >= 3 else "matrix")
+            seen = ShapeContext.of(shape)
+            role = kind.role or ("vector" if seen.is_vector else "conv" if seen.is_convolution else "matrix")
             of = {part.shape: None for part in parts}
             taken = f"{role}, by its shape" if kind.role is None else role
             if kind.is_packed:

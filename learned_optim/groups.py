@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from learned_optim.engine.kinds import KIND_KEYS
+from learned_optim.rule.layouts import EMBEDDING_ASPECT
 
 #: Modules whose name says that they compute several things at once, and how many, each with as many outputs.
 _PACKED = {"qkv": 3, "Wqkv": 3, "qkv_proj": 3, "c_attn": 3, "gate_up_proj": 2}
@@ -19,8 +20,6 @@ _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 #: In names of parameters that a module of unknown type owns.
 _EMBEDDINGS = ("embed", "pos_", "position", "token")
-#: A last layer with this many outputs for each input predicts a vocabulary.
-_OF_A_HEAD = 16
 
 Keys = dict[str, Any]
 
@@ -144,7 +143,7 @@ def _heads(model: nn.Module) -> set[Tensor]:
             heads.update(p for p in head.parameters(recurse=False) if p.ndim == 2)
     if last is not None:
         rows, columns = last.shape
-        if rows >= _OF_A_HEAD * columns or (last.shape in shapes and count[last.shape] == 1):
+        if rows >= EMBEDDING_ASPECT * columns or (last.shape in shapes and count[last.shape] == 1):
             heads.add(last)
     return heads
 

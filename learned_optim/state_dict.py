@@ -89,7 +89,7 @@ def checked(
                     f"the state of parameter {key!r} is {kinds[0]}, the parameter is {kinds[1]}: load it with "
                     "torch.distributed.checkpoint.state_dict.set_optimizer_state_dict, which cuts and gathers"
                 )
-        numbers = (len(kind.parts(p)),) * kind.is_packed
+        numbers = kind.numbers(p)
         for name in TENSOR_KEYS:
             if (shape := tuple(torch.as_tensor(values[name]).shape)) != numbers:
                 ours = f"shape {numbers}: stacked and split say that it holds {numbers[0]}" if numbers else "one tensor"
@@ -173,8 +173,7 @@ def state_of_adamw(adamw: Any, groups: Sequence[Mapping[str, Any]], keys: StateK
             step = float(saved["step"])
             saved = {**saved, "step": torch.tensor(step, dtype=torch.float32, device="cpu")}
             check_fits(name_of(groups, (g, i)), p, saved, ("exp_avg", "exp_avg_sq"), ())
-            kind = TensorKind.of(ours)
-            state = states[p] = keys.missing(p, {}, (len(kind.parts(p)),) * kind.is_packed)
+            state = states[p] = keys.missing(p, {}, TensorKind.of(ours).numbers(p))
             state["step"].fill_(step)
             state["age"].fill_(step)
             for key, mine, other in zip(("exp_avg", "exp_avg_sq"), ours["betas"], theirs["betas"], strict=True):

@@ -20,20 +20,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import re
 import sys
-import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from statistics import geometric_mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
+import nanogpt_tables
 import scale_tables
 import zoo_tables
 
 from learned_optim.bench import habits_report
+from learned_optim.policy.markdown import table as in_markdown
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -61,7 +61,6 @@ TASKS = {
     "val_vae_letters": "VAE, letters",
     "val_autoencoder_photos": "autoencoder, photos",
 }
-OURS, OWN = "LearnedOptimizer, lr 1e-3", "AdamW, nanoGPT's own lr 1e-3"  # in nanogpt.json
 
 Table = dict[str, dict[str, str]]
 
@@ -94,11 +93,10 @@ def markdown(table: Table) -> str:
     """A table with the optimizers side by side; they stand one below the other where they outnumber the figures."""
     names, rows = list(table), list(next(iter(table.values())))
     if len(names) >= len(rows):
-        lines = [["", *rows], *([name, *(table[name][row] for row in rows)] for name in names)]
+        head, lines = rows, [[name, *(table[name][row] for row in rows)] for name in names]
     else:
-        lines = [["", *names], *([row, *(table[name][row] for name in names)] for row in rows)]
-    lines.insert(1, ["---", *["--:"] * (len(lines[0]) - 1)])
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+        head, lines = names, [[row, *(table[name][row] for name in names)] for row in rows]
+    return "".join(f"{line}\n" for line in in_markdown(["", *head], lines))
 
 
 def family(row: dict[str, Any]) -> str:
@@ -241,69 +239,13 @@ def habits(results: Results) -> str:
     return habits_report.markdown(results["habits"], level=3)
 
 
-def nanogpt(results: Results) -> Table:
-    """Validation losses along the runs, and processor time."""
-    measured = results["nanogpt"]
-    return {
-        name: {
-            **{f"{step:,}": f"{loss:.3f}" for step, loss in zip(measured["steps"], run["losses"], strict=True)},
-            "seconds": str(run["seconds"]),
-        }
-        for name, run in measured["runs"].items()
-    }
-
-
-def nanogpt_short(results: Results) -> str:
-    """The same in a few lines: final losses, and when ours is as low as AdamW ends."""
-    measured = results["nanogpt"]
-    runs, steps = measured["runs"], measured["steps"]
-    tuned = min((name for name in runs if name.startswith("AdamW")), key=lambda name: runs[name]["losses"][-1])
-    ends = {name: run["losses"][-1] for name, run in runs.items()}
-
-    def reached(target: float) -> tuple[int, str]:
-        """The step, interpolated, and the seconds."""
-        losses = runs[OURS]["losses"]
-        i = next(i for i, loss in enumerate(losses) if loss <= target)
-        before = (steps[i - 1], losses[i - 1]) if i else (0, math.inf)
-        share = (losses[i] - target) / (losses[i] - before[1])
-        step = steps[i] - share * (steps[i] - before[0])
-        return round(step / 10) * 10, f"{step / steps[-1] * runs[OURS]['seconds']:.0f} s"
-
-    (own_step, own_time), (tuned_step, tuned_time) = reached(ends[OWN]), reached(ends[tuned])
-    return _paragraph(f"""
-        [nanoGPT](https://github.com/karpathy/nanoGPT)'s CPU example, {measured["parameters"]} parameters,
-        {steps[-1]:,} steps, one line swapped: validation loss **{ends[OURS]:.3f}**. AdamW ends at {ends[OWN]:.3f} with
-        nanoGPT's own learning rate and at {ends[tuned]:.3f} with the best of
-        {sum(name.startswith("AdamW") for name in runs)}. Ours passes the former after {own_step:,} steps, {own_time}
-        instead of {runs[OWN]["seconds"]} s, and the latter after {tuned_step:,}, {tuned_time} instead of
-        {runs[tuned]["seconds"]} s. One run each, one thread, {measured["date"]}, commit {measured["commit"]}.
-    """)
-
-
-def nanogpt_how(results: Results) -> str:
-    """When and how it was measured."""
-    measured = results["nanogpt"]
-    text = _paragraph(f"""
-        One run each, one thread, {measured["date"]}, with `default` of commit {measured["commit"]}, which
-        {measured["policy"]}. Times assume that every step takes equally long. A second run, evaluated on other
-        batches, ended at {measured["again"]:.3f} instead of {measured["runs"][OURS]["losses"][-1]:.3f}: take such
-        differences as chance. The command, with each optimizer:
-    """)
-    command = textwrap.wrap(measured["command"], width=110, subsequent_indent="    ", break_on_hyphens=False)
-    return f"{text}\n```text\n{f' {chr(92)}{chr(10)}'.join(command)}\n```\n"
-
-
-def _paragraph(text: str) -> str:
-    return textwrap.fill(" ".join(text.split()), width=120, break_on_hyphens=False) + "\n"
-
-
 #: Tables, and some paragraphs, that are made of what was measured; the other tables stand in their files as they are.
 TABLES: dict[str, Callable[[Results], Table | str]] = {
     "validation": validation, "quality": quality, "peers": peers, "ablations": ablations, "step": step,
     "meta_train_speed": meta_train_speed, "habits": habits, "zoo": zoo_tables.zoo, "users": zoo_tables.users,
     "rivals": zoo_tables.rivals, "scale": scale_tables.scale, "scale_losses": scale_tables.scale_losses,
-    "scale_runs": scale_tables.scale_runs, "nanogpt": nanogpt, "nanogpt_short": nanogpt_short,
-    "nanogpt_how": nanogpt_how,
+    "scale_runs": scale_tables.scale_runs, "nanogpt": nanogpt_tables.nanogpt,
+    "nanogpt_short": nanogpt_tables.nanogpt_short, "nanogpt_how": nanogpt_tables.nanogpt_how,
 }  # fmt: skip
 
 
@@ -365,36 +307,6 @@ def filled(text: str, results: Results) -> str:
     return OF_FIGURES.sub(lambda match: f"{match[1]}{FIGURES[match[2]](results)}{match[3]}", text)
 
 
-def draw_nanogpt(results: Results, path: Path) -> None:
-    """Validation loss of nanoGPT against steps and against time."""
-    from matplotlib.figure import Figure
-
-    measured = results["nanogpt"]
-    runs, steps = measured["runs"], measured["steps"]
-    styles = {OURS: ("#D55E00", 2.6), OWN: ("#999999", 1.8)}
-    figure = Figure(figsize=(9.0, 3.7), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for name, run in runs.items():
-        if name.endswith("constant"):
-            continue
-        colour, width = styles.get(name, ("#0072B2" if name.endswith("3e-3") else "#000000", 1.8))
-        seconds = [step / steps[-1] * run["seconds"] for step in steps]
-        for axes, x in ((left, steps), (right, seconds)):
-            axes.plot(x, run["losses"], color=colour, linewidth=width, marker="o", markersize=3, label=name)
-    left.set(xlabel="training steps", ylabel="validation loss (lower is better)", xticks=range(0, steps[-1] + 1, 500))
-    right.set(xlabel="processor seconds, one thread")
-    for axes in (left, right):
-        axes.set_xlim(left=0)
-        axes.grid(alpha=0.3)
-        axes.spines[["top", "right"]].set_visible(False)
-    right.legend(fontsize="small", frameon=False)
-    figure.suptitle(
-        f"nanoGPT on Shakespeare, character by character, {measured['parameters']} parameters: one line swapped",
-        fontsize="medium",
-    )
-    figure.savefig(path, dpi=100)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="change nothing, fail if a document is not current")
@@ -413,7 +325,7 @@ def main() -> int:
             print(f"not current: {path.relative_to(ROOT)}", file=sys.stderr)
         return int(bool(stale))
     if arguments.draw:
-        draw_nanogpt(results, ROOT / "docs" / "nanogpt.png")
+        nanogpt_tables.draw_nanogpt(results, ROOT / "docs" / "nanogpt.png")
         scale_tables.draw_scale(results, ROOT / "docs" / "scale.png")
     return 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +21,12 @@ class Results(Protocol):
 
 def rows(results: Results) -> list[OfModel]:
     """Every model, measured or not."""
-    return by_model(read_all(results.folder / "scale"), list(MODELS.values()), ("adamw", "muon"))
+    return _rows(results.folder / "scale")
+
+
+@cache
+def _rows(folder: Path) -> list[OfModel]:
+    return by_model(read_all(folder), list(MODELS.values()), ("adamw", "muon"))
 
 
 def scale(results: Results) -> str:

@@ -11,6 +11,7 @@ from statistics import fmean, stdev
 from typing import Any, NamedTuple
 
 from learned_optim.policy.files import write_atomically
+from learned_optim.policy.markdown import table
 
 #: Values of a row by contender, one per seed; ``None`` for a run that diverged.
 Row = Mapping[str, list[float | None]]
@@ -34,10 +35,9 @@ def markdown(values: Mapping[str, Any], level: int = 2) -> str:
     lines = []
     for section in sections(values):
         names = list(section.rows[0][1])
-        rows = [["", *names], ["---", *["--:"] * len(names)]]
-        rows += [[label, *(cell(row.get(name, [])) for name in names)] for label, row in section.rows]
+        rows = [[label, *(cell(row.get(name, [])) for name in names)] for label, row in section.rows]
         text = textwrap.fill(section.text, width=120, break_on_hyphens=False)
-        lines += [f"{'#' * level} {section.title}", "", text, "", *(f"| {' | '.join(r)} |" for r in rows), ""]
+        lines += [f"{'#' * level} {section.title}", "", text, "", *table(["", *names], rows), ""]
     return "\n".join(lines).rstrip() + "\n"
 
 

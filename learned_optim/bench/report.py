@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from learned_optim.bench.figures import Comparison, Summary, compare_all, summarise
 from learned_optim.bench.quality import FIXED, HELD_OUT, REFERENCE, Contender, QualityResult
 from learned_optim.policy.files import write_atomically
+from learned_optim.policy.markdown import table
 from learned_optim.policy.results import validate
 
 DEFINITION = (
@@ -70,7 +70,7 @@ def summary_table(result: QualityResult) -> list[str]:
     head = ["", f"speedup over {REFERENCE}", *(f"over {name}" for name in others), "worst task", "tasks lost",
             "held-out speedup", "held-out loss at the end", "time per step", "speedup in time",
             "diverged runs"]  # fmt: skip
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def task_table(result: QualityResult, contender: Contender) -> list[str]:
@@ -89,7 +89,7 @@ def task_table(result: QualityResult, contender: Contender) -> list[str]:
         ])  # fmt: skip
     head = ["task", "steps", "speedup", "held-out speedup", "loss", "AdamW's", "held-out loss", "AdamW's",
             "time per step", "speedup in time", "AdamW's best setting"]  # fmt: skip
-    return _table(head, rows, left=(0, 10))
+    return table(head, rows, left=(0, 10))
 
 
 def held_out_table(result: QualityResult) -> list[str]:
@@ -99,7 +99,7 @@ def held_out_table(result: QualityResult) -> list[str]:
         if c.role != "ablation" and c.name != REFERENCE:
             ratios = summarise(compare_all(result, c.name, REFERENCE)).held_out_ratios
             rows.append([c.name, *(_ratio(ratios[figure]) for figure in HELD_OUT)])
-    return _table(["", *HELD_OUT], rows)
+    return table(["", *HELD_OUT], rows)
 
 
 def held_out_task_table(result: QualityResult, contender: Contender) -> list[str]:
@@ -110,7 +110,7 @@ def held_out_task_table(result: QualityResult, contender: Contender) -> list[str
         cells = [(_number(f.loss), _number(f.reference_loss), _ratio(f.ratio), f.reference_setting) for f in figures]
         rows.append([c.task, *(cell for four in cells or [("–",) * 4] * len(HELD_OUT) for cell in four)])
     head = [word for figure in HELD_OUT for word in (figure, "AdamW's", "ratio", "AdamW's setting")]
-    return _table(["task", *head], rows, left=(0, 4, 8))
+    return table(["task", *head], rows, left=(0, 4, 8))
 
 
 def ablation_table(result: QualityResult) -> list[str]:
@@ -125,7 +125,7 @@ def ablation_table(result: QualityResult) -> list[str]:
     order = {FIXED: 0, result.subject().name: 2}
     rows = [[REFERENCE, "1", "1", "0%", "1", "–"], *sorted(rows, key=lambda row: order.get(row[0], 1))]
     head = ["", f"speedup over {REFERENCE}", "worst task", "held-out loss at the end", "time per step", "diverged runs"]
-    return _table(head, rows)
+    return table(head, rows)
 
 
 def results(result: QualityResult, contender: Contender | None = None, *, command: str = "") -> dict[str, Any]:
@@ -229,11 +229,6 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, dict):
         return {key: _rounded(item) for key, item in value.items()}
     return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def _table(head: list[str], rows: Sequence[list[str]], left: Sequence[int] = (0,)) -> list[str]:
-    align = ["---" if i in left else "---:" for i in range(len(head))]
-    return [f"| {' | '.join(row)} |" for row in (head, align, *rows)]
 
 
 def _plus_minus(s: Summary) -> str:

@@ -83,7 +83,6 @@ def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
     from learned_optim.bench.cache import read_looks
     from learned_optim.bench.quality import load_policies, run_quality
     from learned_optim.bench.report import markdown, results, write_results
-    from learned_optim.policy.files import write_atomically
     from learned_optim.tasks import get_families
 
     try:
@@ -104,14 +103,25 @@ def run_quality_suite(config: QualityConfig, out: Path, command: str) -> None:
     if len(policies) > 1:
         for contender in (c for c in result.contenders if c.role == "learned"):
             write_results(out / "policies" / contender.label, results(result, contender, command=command))
-    write_atomically(out / "table.md", text.encode())
-    print_markdown(text)
-    try:
+
+    def draw() -> None:
         from learned_optim.bench.plots import draw_all
 
         draw_all(result, out / "plots")
+
+    _show(out, text, "plots", draw)
+
+
+def _show(out: Path, text: str, what: str, draw: Callable[[], None]) -> None:
+    """Write a suite's tables into ``out`` and print them; ``draw`` what, if matplotlib is installed."""
+    from learned_optim.policy.files import write_atomically
+
+    write_atomically(out / "table.md", text.encode())
+    print_markdown(text)
+    try:
+        draw()
     except ImportError as error:
-        print(f"no plots: {error}", file=sys.stderr)
+        print(f"no {what}: {error}", file=sys.stderr)
     print(out)
 
 
@@ -147,7 +157,6 @@ def run_habits_suite(config: HabitsConfig, out: Path, command: str) -> None:
     from learned_optim.bench.habits_report import card_block, markdown, write_habits
     from learned_optim.bench.quality import load_policies
     from learned_optim.bench.report import write_results
-    from learned_optim.policy.files import write_atomically
 
     policies = load_policies(policy_names(config))
     bar = _Bar()
@@ -157,18 +166,16 @@ def run_habits_suite(config: HabitsConfig, out: Path, command: str) -> None:
         bar.close()
     text = markdown(values)
     write_habits(out / "habits.json", {"command": command, **values})
-    write_atomically(out / "table.md", text.encode())
     for label, policy in policies.items():
         own = {**(policy.results or {}), "habits": card_block(values, label, command)}
         write_results(out / "policies" / label, own)
-    print_markdown(text)
-    try:
+
+    def draw() -> None:
         from learned_optim.bench.habits_plots import draw_habits
 
         draw_habits(values, out / "habits.png")
-    except ImportError as error:
-        print(f"no picture: {error}", file=sys.stderr)
-    print(out)
+
+    _show(out, text, "picture", draw)
 
 
 def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
@@ -182,7 +189,6 @@ def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
     from learned_optim.bench.scale.plan import Entry, listed
     from learned_optim.bench.scale.report import markdown
     from learned_optim.bench.scale.suite import Scale
-    from learned_optim.policy.files import write_atomically
 
     def say(what: str, left: list[Entry]) -> None:
         minutes = sum(entry.seconds for entry in left) / 60.0
@@ -198,15 +204,13 @@ def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
     print(listed(scale.queue()))
     rows = by_model(scale.results, scale.shown(), config.rivals)
     text = markdown(rows)
-    write_atomically(out / "table.md", text.encode())
-    print_markdown(text)
-    try:
-        from learned_optim.bench.scale.plots import draw
 
-        draw(rows, out / "scale.png")
-    except ImportError as error:
-        print(f"no picture: {error}", file=sys.stderr)
-    print(out)
+    def draw() -> None:
+        from learned_optim.bench.scale import plots
+
+        plots.draw(rows, out / "scale.png")
+
+    _show(out, text, "picture", draw)
 
 
 class Suite(NamedTuple):

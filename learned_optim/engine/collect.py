@@ -222,7 +222,7 @@ class Collector:
         made: dict[_Place, list[Named]] = {}
         for place, p, kind, _, _ in new:
             name, parts = name_of(groups, place), parts_of(groups, place, kind, p)
-            numbers = (len(parts),) * kind.is_packed
+            numbers = kind.numbers(p)
             if p not in complete:  # one that is given twice
                 state = states.get(p) or {}
                 complete[p] = {**state, **self.keys.missing(p, state, numbers)}

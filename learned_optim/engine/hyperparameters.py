@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from numbers import Real
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from learned_optim.rule.types import Hyperparameters, StepScalars
+
+T = TypeVar("T")
 
 #: Types of most values; bool is neither.
 _PLAIN = frozenset((float, int))
@@ -44,13 +46,18 @@ def hyperparameters(group: Mapping[str, Any], read: bool = True) -> Hyperparamet
 
 def of_groups(groups: Iterable[Mapping[str, Any]], read: bool = True) -> list[Hyperparameters]:
     """:func:`hyperparameters` of each; errors say of which."""
-    found = []
+    return each_group(lambda group: hyperparameters(group, read), groups)
+
+
+def each_group(look: Callable[[Mapping[str, Any]], T], groups: Iterable[Mapping[str, Any]]) -> list[T]:
+    """What ``look`` says of each group; its errors, before anything was changed, say of which."""
+    seen = []
     for number, group in enumerate(groups):
         try:
-            found.append(hyperparameters(group, read))
+            seen.append(look(group))
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error} (in param_groups[{number}]; nothing was changed)") from error
-    return found
+    return seen
 
 
 def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

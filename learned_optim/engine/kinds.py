@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from learned_optim.engine.hyperparameters import each_group
 from learned_optim.rule.layouts import ROLES, Role
 
 #: The keys of a parameter group that say what its tensors are.
@@ -107,19 +108,21 @@ class TensorKind(NamedTuple):
         """
         return _parts(self, real_shape(p), p.ndim)
 
+    def numbers(self, p: Tensor) -> tuple[int, ...]:
+        """The shape of a parameter's per-tensor state.
+
+        Raises:
+            ValueError: that of :meth:`parts`.
+        """
+        return (len(self.parts(p)),) if self.is_packed else ()
+
 
 _PLAIN = TensorKind()
 
 
 def kinds_of(groups: Iterable[Mapping[str, Any]]) -> list[TensorKind]:
     """:meth:`TensorKind.of` each; errors say of which."""
-    kinds = []
-    for number, group in enumerate(groups):
-        try:
-            kinds.append(TensorKind.of(group))
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error} (in param_groups[{number}]; nothing was changed)") from error
-    return kinds
+    return each_group(TensorKind.of, groups)
 
 
 @lru_cache(maxsize=4096)

@@ -67,7 +67,7 @@ def library(kind: Kind) -> ctypes.CDLL | CompilationError:
         for name, arguments in _ARGUMENTS.items():
             if hasattr(loaded, name):
                 getattr(loaded, name).argtypes = arguments
-                getattr(loaded, name).restype = ctypes.c_int if name == "vector_bytes" else None
+                getattr(loaded, name).restype = None
         return loaded
     except Exception as error:  # a compiler, a disk or a loader may fail in any way: the eager backend is there
         said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
@@ -267,12 +267,12 @@ def _head(config: PolicyConfig, guarded: bool) -> str:
 
 
 _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
+#: Of the functions that return nothing.
 _ARGUMENTS = {
     "measure": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
     "apply": [_COUNT, *[_ADDRESS] * 6, _COUNT, _ADDRESS, ctypes.c_int],
     "move_along": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
     "orthogonalize": [_COUNT, *[_ADDRESS] * 3, _COUNT, *[_ADDRESS] * 2, ctypes.c_int],
-    "vector_bytes": [],
     "head": [_COUNT, *[_ADDRESS] * 9],
     "guarded_head": [_COUNT, *[_ADDRESS] * 9],
 }

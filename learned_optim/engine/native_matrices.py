@@ -1,6 +1,6 @@
 """Orthogonalising by compiled C++ on a CPU: two to thirty times faster than by one library call per product.
 
-A block's matrices stay in the first cache from the Gram matrix to the last product, and a call costs a few
+A block's matrices stay in the caches from the Gram matrix to the last product, and a call costs a few
 microseconds whatever the number of matrices. The code is ``native_orthogonalize.cpp``; its reference is
 :mod:`learned_optim.rule.orthogonalize`.
 """

@@ -1,4 +1,4 @@
-// Orthogonalising of small matrices, whose products a library spends more time on calling than on multiplying.
+// Orthogonalising matrices block by block: all products of a block run in the caches, and there is one call for all.
 // The same as rule/orthogonalize.py, with X^T in place of X: all products then run along rows of memory.
 
 #if defined(__AVX512F__)

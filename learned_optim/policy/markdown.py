@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 
 def plain(value: str) -> str:
@@ -38,9 +38,9 @@ def ratio(value: float) -> str:
     return f"{value:.2f}" if 0.1 <= value < 100.0 else f"{value:.3g}"
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of a table whose columns after the first are aligned to the right."""
-    align = ["---", *["---:"] * (len(header) - 1)]
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Lines of a table whose columns are aligned to the right, but for those in ``left``."""
+    align = ["---" if i in left else "---:" for i in range(len(header))]
     return [f"| {' | '.join(row)} |" for row in (header, align, *rows)]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from learned_optim.rule.cells import CELLS, Shapes
 from learned_optim.rule.context import CONTEXT, DEFAULT_CONTEXT
 from learned_optim.rule.features import DEFAULT_FEATURES, FEATURES
+from learned_optim.rule.layouts import EMBEDDING_ASPECT
 from learned_optim.rule.orthogonalize import POLAR_METHODS, Orthogonalization
 
 #: Of ``config.json``; a newer one is refused on loading.
@@ -103,7 +104,7 @@ class PolicyConfig:
     orthogonal_coefficients: tuple[float, ...] = (3.4445, -4.7750, 2.0315)
     orthogonal_iterations: int = 3
     orthogonal_block: int = 0
-    orthogonal_aspect: float = 16.0
+    orthogonal_aspect: float = EMBEDDING_ASPECT
     orthogonal_damping: float = 0.0
     orthogonal_damping_threshold: float = 0.7
     feature_bound: float = 4.0

@@ -242,7 +242,7 @@ def test_speedups_in_time_are_those_in_steps_over_what_an_iteration_costs(tmp_pa
 
 def test_the_picture_of_nanogpt_is_drawn(tmp_path: Path) -> None:
     tool = load_script(TOOL)
-    tool.draw_nanogpt(tool.Results(), tmp_path / "nanogpt.png")
+    tool.nanogpt_tables.draw_nanogpt(tool.Results(), tmp_path / "nanogpt.png")
     assert (tmp_path / "nanogpt.png").stat().st_size > 10_000
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from learned_optim.bench.scale.figures import Comparison, OfModel, Runs, compare
+from learned_optim.policy.markdown import table
 
 MISSING = "missing"
 UNFINISHED = "*"
@@ -126,5 +127,4 @@ def _footnote(rows: Sequence[OfModel]) -> str:
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---" if i < 2 else "--:" for i in range(len(head))]
-    return "".join(f"| {' | '.join(cells)} |\n" for cells in (head, rule, *lines))
+    return "".join(f"{line}\n" for line in table(head, lines, left=(0, 1)))
