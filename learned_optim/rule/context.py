@@ -87,6 +87,13 @@ def _log_rare_rows(c: ContextInputs) -> Tensor:
     return c.shape.log_embedding_rows * (-over_all).clamp(max=1.0)
 
 
+def _log_small_embedding(c: ContextInputs) -> Tensor:
+    """How far an embedding's or a head's numbers lie below 1: where they begin small, as most transformers' do, they
+    have far to go before what the layers between add to them is small beside them.
+    """
+    return c.shape.is_embedding * (-c.log_rms_p).clamp(0.0, 3.0)
+
+
 #: Of this tensor only: a tensor's update does not depend on the tensors beside it.
 CONTEXT: dict[str, ContextFeature] = {
     "bias": ContextFeature(0.0, 1.0, lambda c: c.one),
@@ -103,6 +110,7 @@ CONTEXT: dict[str, ContextFeature] = {
     "log_rms_u": ContextFeature(0.0, 1.0, lambda c: c.log_rms_u),
     "log_sparsity": ContextFeature(-0.3, 0.5, _log_sparsity),
     "log_rare_rows": ContextFeature(0.0, 1.0, _log_rare_rows),
+    "log_small_embedding": ContextFeature(0.0, 1.0, _log_small_embedding),
 }
 
 #: What the head of a new policy sees if its configuration does not say.

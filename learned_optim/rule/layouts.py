@@ -26,7 +26,7 @@ Role = Literal["matrix", "embedding", "head", "vector", "conv"]
 ROLES: tuple[Role, ...] = get_args(Role)
 #: The roles of tensors that are orthogonalised, whatever their aspect ratio; those of other roles never are.
 ORTHOGONALIZED: tuple[Role, ...] = ("matrix", "conv")
-#: Rows per column from which a matrix without a role counts as an embedding.
+#: Rows per column from which a matrix without a role counts as an embedding; a head with so many is one, too.
 EMBEDDING_ASPECT = 16.0
 #: Embeddings of up to so many rows are treated like any other tensor.
 FEW_ROWS = 1000.0
@@ -68,6 +68,7 @@ class ShapeContext(NamedTuple):
     is_convolution: Any
     log_fan_ratio: Any  #: logarithm of outputs over inputs
     log_embedding_rows: Any  #: logarithm of an embedding's rows over ``FEW_ROWS``, if there are more; 0 elsewhere
+    is_embedding: Any  #: 1 for embeddings and heads
 
     @classmethod
     def of(cls, shape: Sequence[int], role: Role | None = None) -> ShapeContext:
@@ -78,14 +79,16 @@ class ShapeContext(NamedTuple):
         tall = len(shape) == 2 and shape[0] >= EMBEDDING_ASPECT * shape[1]
         is_embedding = role == "embedding" or (role is None and tall)
         log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if is_embedding else 0.0
-        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows)
+        return cls(
+            log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_embedding or role == "head")
+        )
 
 
 class TensorShapes(NamedTuple):
     """What the head needs to know about the shapes of K tensors, in float64."""
 
     numel: Tensor  #: [K], coordinates of each whole tensor; 1 for empty ones
-    context: Tensor  #: [5, K], rows as in :class:`ShapeContext`
+    context: Tensor  #: [6, K], rows as in :class:`ShapeContext`
 
     @classmethod
     def of(

@@ -182,6 +182,7 @@ class ReferenceTensor:
             "log_rms_h": math.log(max(rms(h1), 1e-4)),
             "log_rms_u": math.log(max(rms(u), 1e-4)),
             "log_sparsity": math.log(clamp(sparsity, 1e-3, 1.0)),
+            "log_small_embedding": clamp(-math.log(max(rms(p), 1e-4)), 0.0, 3.0) if rows > 1 else 0.0,
             "log_rare_rows": math.log(max(rows, 1000) / 1000) * min(-math.log(clamp(sparsity, 1e-3, 1.0)), 1.0),
         }
         bound = config.context_bound

@@ -1,4 +1,4 @@
-"""Embeddings of which a batch touches few rows: the context hears of it, and the bundled rule takes larger steps."""
+"""Embeddings of which a batch touches few rows, or that begin small: the bundled rule takes larger steps."""
 
 from __future__ import annotations
 
@@ -27,12 +27,15 @@ def some_rows(shapes, steps, generator):
 
 
 def test_the_transcription_says_the_same():
-    shapes = [(3000, 1), (40, 3), (3000,), (1600, 2)]
+    shapes = [(3000, 1), (40, 3), (3000,), (1600, 2), (48, 3)]
     assert_follows_reference(POLICY, shapes, Segments(shapes), steps=3, gradients=some_rows)
 
 
-def feature(shape, grad, role=None, counted=None):
-    """``log_rare_rows`` after one step with this gradient; ``counted``: coordinates of the rows that have one."""
+def feature(shape, grad, role=None, counted=None, name="log_rare_rows"):
+    """A context number after one step with this gradient, of parameters like it.
+
+    ``counted``: coordinates of the rows that have one.
+    """
     layout = Whole(shape, role=role)
     x = grad.flatten()
     one, zero = torch.ones(1, dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
@@ -41,7 +44,7 @@ def feature(shape, grad, role=None, counted=None):
     shapes = shapes if counted is None else shapes.counting([counted])
     state = TensorState(zero, zero, zero, one)
     context = tensor_context(POLICY.config, ContextInputs.of(shapes, TensorStatistics.of(shapes, sums), state))
-    return float(context[POLICY.config.context.index("log_rare_rows")])
+    return float(context[POLICY.config.context.index(name)])
 
 
 def rare(rows, columns, share):
@@ -72,14 +75,39 @@ def test_rows_of_a_sparse_gradient_count_as_part_of_the_whole():
 
 def test_rare_rows_of_a_large_embedding_move_further_than_without_it():
     moved = []
-    for weight in (0.0, float(POLICY.head[0, -1].detach())):
+    column = POLICY.config.context.index("log_rare_rows")
+    for weight in (0.0, float(POLICY.head[0, column].detach())):
         policy = Policy(dataclasses.replace(POLICY.config))
         policy.load_state_dict(POLICY.state_dict())
         with torch.no_grad():
-            policy.head[0, -1] = weight
+            policy.head[0, column] = weight
         p = torch.nn.Parameter(torch.zeros(20_000, 8))
         opt = LearnedOptimizer([p], lr=1e-3, policy=policy)
         p.grad = rare(20_000, 8, 0.02).float()
         opt.step()
         moved.append(float(p.detach().square().mean().sqrt()))
     assert moved[1] > 4.0 * moved[0]
+
+
+def test_small_embeddings_and_heads_are_told_from_the_rest():
+    small = torch.full((400, 8), 0.05, dtype=torch.float64)
+
+    def seen(x, role=None):
+        return feature(x.shape, x, role, name="log_small_embedding")
+
+    for x, role in ((small, None), (small[:9], "embedding"), (small[:9], "head")):
+        assert seen(x, role) == pytest.approx(math.log(20.0))
+    assert seen(2.0 + small) == seen(small[:9]) == seen(small, "matrix") == seen(small[:, 0]) == 0.0
+    assert seen(0.0 * small) == 3.0
+
+
+def test_an_embedding_that_begins_small_moves_further():
+    moved = []
+    for size in (0.05, 1.0):
+        p = torch.nn.Parameter(torch.full((400, 8), size))
+        opt = LearnedOptimizer([p], lr=1e-3)
+        p.grad = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+        opt.step()
+        moved.append(float((p.detach() - size).square().mean().sqrt()))
+    # exp(0.8 * 3), less what smaller numbers of any tensor take off (log_rms_p)
+    assert 4.0 < moved[0] / moved[1] < 11.0
