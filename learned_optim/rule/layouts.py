@@ -79,9 +79,8 @@ class ShapeContext(NamedTuple):
         tall = len(shape) == 2 and shape[0] >= EMBEDDING_ASPECT * shape[1]
         is_embedding = role == "embedding" or (role is None and tall)
         log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if is_embedding else 0.0
-        return cls(
-            log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_embedding or role == "head")
-        )
+        is_either = float(is_embedding or role == "head")
+        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, is_either)
 
 
 class TensorShapes(NamedTuple):
