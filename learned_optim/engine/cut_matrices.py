@@ -2,20 +2,24 @@
 
 Blocks of rows are orthogonalised by their Gram matrices alone. Where processes hold whole blocks, or columns of all
 blocks, each computes its part of the Gram matrices; added up, all have the same, and each moves its own part: a block
-of r rows and c columns costs r^2 coordinates in place of r c. Elsewhere the whole update is added up.
+of r rows and c columns costs r^2 coordinates in place of r c. Elsewhere the whole update is added up. What all matrices
+of a step send goes into one vector, or into a few where it is long: a message costs time, however short.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from learned_optim.engine.head import LengthFactors
-from learned_optim.engine.param_state import ParamState
+from learned_optim.engine.packing import COPIED, bins, limit
+from learned_optim.engine.param_state import ParamIndex, ParamState
 from learned_optim.engine.sharding import Sharded, Shards
+from learned_optim.rule.layouts import indices_by
 from learned_optim.rule.orthogonalize import (
     Orthogonalization,
     along_blocks,
@@ -37,18 +41,46 @@ Move = Callable[[Sequence[ParamState], Sequence[Tensor]], None]
 
 
 def orthogonalize_cut(
-    settings: Orthogonalization, tensor: Sharded, here: Matrix | None, shards: Shards, move: Move
+    settings: Orthogonalization,
+    tensors: Mapping[ParamIndex, Sharded],
+    matrices: Mapping[ParamIndex, Matrix],
+    shards: Shards,
+    move: Move,
 ) -> Iterator[LengthFactors]:
-    """Orthogonalise the update of a matrix that is cut, and move the part that is here.
+    """Orthogonalise the updates of matrices that are cut, and move the parts that are here.
 
     Args:
         settings: of the policy.
-        tensor: the matrix; all processes call this for the same ones.
-        here: ``None`` where this process holds nothing of it, or no gradient.
+        tensors: the matrices; all processes call this for the same ones, in the same order.
+        matrices: of them, those of which this process holds something with a gradient.
         shards: adds up.
         move: parameters along directions shaped like them.
     """
-    yield from (_by_grams if sends_grams(settings, tensor) else _as_a_whole)(settings, tensor, here, shards, move)
+    of = {index: _Grams if sends_grams(settings, tensor) else _Whole for index, tensor in tensors.items()}
+    cut = [of[index](settings, tensor, matrices.get(index)) for index, tensor in tensors.items()]
+    for dtype, which in indices_by(tensor.dtype for tensor in tensors.values()).items():
+        for some in bins((cut[i] for i in which), lambda one: one.size, limit(COPIED, shards.device)):
+            vector = torch.zeros(sum(one.size for one in some), dtype=dtype, device=shards.device)
+            sent = vector.split([one.size for one in some])
+            for one, piece in zip(some, sent, strict=True):
+                one.put(piece)
+            shards.add_up(vector)
+            for one, piece in zip(some, sent, strict=True):
+                yield from one.finish(piece, move)
+
+
+class _Cut(Protocol):
+    """A matrix of which this process holds a part, or nothing."""
+
+    size: int  #: coordinates that it sends
+
+    def put(self, sent: Tensor) -> None:
+        """Write what is here into zeros, [size]."""
+        ...
+
+    def finish(self, sent: Tensor, move: Move) -> Iterator[LengthFactors]:
+        """Move what is here, given the sum over all processes."""
+        ...
 
 
 def sends_grams(settings: Orthogonalization, tensor: Sharded) -> bool:
@@ -68,47 +100,68 @@ def sends_grams(settings: Orthogonalization, tensor: Sharded) -> bool:
     return fits and all((boundary - begin) % r == 0 for boundary in inside)
 
 
-def _by_grams(
-    settings: Orthogonalization, tensor: Sharded, here: Matrix | None, shards: Shards, move: Move
-) -> Iterator[LengthFactors]:
-    part = tensor.part
-    rows, columns = part.shape[0], part.shape[1:].numel()
-    flipped = rows > columns
-    r = settings.block_rows(min(rows, columns))
-    gram = torch.zeros(-(-min(rows, columns) // r), r, r, dtype=tensor.dtype, device=shards.device)
-    if here is None:
-        shards.add_up(gram)
-        return
-    stored = here.d.view(here.param.param.shape)
-    d = stored.transpose(0, 1).flatten(1) if part.transposed else stored.flatten(1)
-    oriented = d.mT if flipped else d
-    with torch.autocast(d.device.type, enabled=False):
-        x = cut_into_blocks(oriented.unsqueeze(0), r)
-        begin = here.param.origin[0] // r if flipped == part.transposed else 0
-        gram[begin : begin + len(x)] = x @ x.mT
-        shards.add_up(gram)
-        scale, factor = block_scales(settings, gram, 1, here.share.to(d.dtype))
-        moved = along_blocks(scale[begin : begin + len(x)], x).flatten(0, 1)[: oriented.shape[0]]
-    moved = moved.mT if flipped else moved
-    if part.transposed:
-        moved = moved.reshape(stored.shape[1], stored.shape[0], *stored.shape[2:]).transpose(0, 1)
-    move([here.param], [moved.reshape(stored.shape)])
-    yield LengthFactors([here.param.param_index], factor)
+class _Grams(_Cut):
+    def __init__(self, settings: Orthogonalization, tensor: Sharded, here: Matrix | None) -> None:
+        part = tensor.part
+        rows, columns = part.shape[0], part.shape[1:].numel()
+        self._settings, self._here, self._transposed = settings, here, part.transposed
+        self._flipped = rows > columns
+        self._r = settings.block_rows(min(rows, columns))
+        self._shape = -(-min(rows, columns) // self._r), self._r, self._r
+        self.size = math.prod(self._shape)
+        if here is not None:
+            stored = here.d.view(here.param.param.shape)
+            d = stored.transpose(0, 1).flatten(1) if part.transposed else stored.flatten(1)
+            self._oriented = d.mT if self._flipped else d
+            begin = here.param.origin[0] // self._r if self._flipped == part.transposed else 0
+            self._blocks = slice(begin, begin + -(-len(self._oriented) // self._r))
+
+    def _x(self) -> Tensor:
+        return cut_into_blocks(self._oriented.unsqueeze(0), self._r)
+
+    def put(self, sent: Tensor) -> None:
+        if self._here is not None:
+            with torch.autocast(sent.device.type, enabled=False):
+                x = self._x()
+                sent.view(self._shape)[self._blocks] = x @ x.mT
+
+    def finish(self, sent: Tensor, move: Move) -> Iterator[LengthFactors]:
+        here = self._here
+        if here is None:
+            return
+        with torch.autocast(sent.device.type, enabled=False):
+            scale, factor = block_scales(self._settings, sent.view(self._shape), 1, here.share.to(sent.dtype))
+            moved = along_blocks(scale[self._blocks], self._x()).flatten(0, 1)[: len(self._oriented)]
+        moved = moved.mT if self._flipped else moved
+        shape = here.param.param.shape
+        if self._transposed:
+            moved = moved.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
+        move([here.param], [moved.reshape(shape)])
+        yield LengthFactors([here.param.param_index], factor)
 
 
-def _as_a_whole(
-    settings: Orthogonalization, tensor: Sharded, here: Matrix | None, shards: Shards, move: Move
-) -> Iterator[LengthFactors]:
-    part = tensor.part
-    d = torch.zeros(part.lengths[part.stacked :], dtype=tensor.dtype, device=shards.device).flatten(1)
-    if here is None:
-        shards.add_up(d)
-        return
-    mine = here.d.view(here.param.param.shape[0], -1)
-    (row, column), (rows, width) = here.param.origin, mine.shape
-    d[row : row + rows, column : column + width].copy_(mine)
-    shards.add_up(d)
-    whole, factor = orthogonalize(settings, here.param.matrices(d.unsqueeze(0)), here.share.to(d.dtype))
-    stored = here.param.stored(whole).flatten(2)
-    move([here.param], [stored[0, row : row + rows, column : column + width]])
-    yield LengthFactors([here.param.param_index], factor)
+class _Whole(_Cut):
+    def __init__(self, settings: Orthogonalization, tensor: Sharded, here: Matrix | None) -> None:
+        lengths = tensor.part.lengths[tensor.part.stacked :]
+        self._settings, self._here = settings, here
+        self._shape = lengths[0], math.prod(lengths[1:])
+        self.size = math.prod(lengths)
+
+    def _mine(self, sent: Tensor, here: Matrix) -> Tensor:
+        row, column = here.param.origin
+        rows = here.param.param.shape[0]
+        return sent.view(self._shape)[row : row + rows, column : column + here.d.numel() // rows]
+
+    def put(self, sent: Tensor) -> None:
+        if self._here is not None:
+            mine = self._mine(sent, self._here)
+            mine.copy_(self._here.d.view(mine.shape))
+
+    def finish(self, sent: Tensor, move: Move) -> Iterator[LengthFactors]:
+        here = self._here
+        if here is None:
+            return
+        d = here.param.matrices(sent.view(1, *self._shape))
+        whole, factor = orthogonalize(self._settings, d, here.share.to(sent.dtype))
+        move([here.param], [self._mine(here.param.stored(whole).flatten(2)[0], here)])
+        yield LengthFactors([here.param.param_index], factor)

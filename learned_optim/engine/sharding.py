@@ -1,10 +1,9 @@
 """Parameters that are spread over processes: DTensors, as FSDP2 and tensor parallelism make them.
 
 The update works on the local shards; what a tensor's shards must know of each other are seven sums per tensor, which
-one all-reduce adds up for all tensors of a step. Where updates are orthogonalised, there is one more for each matrix
-that is cut (:mod:`learned_optim.engine.cut_matrices`). A matrix that lies in one process, as those
-of a stack do that is cut along the stack, is orthogonalised there. Replicated tensors need no sums: every process has
-all of them.
+one all-reduce adds up for all tensors of a step. Where updates are orthogonalised, there is one more for the
+matrices that are cut (:mod:`learned_optim.engine.cut_matrices`). A matrix that lies in one process, as those of a stack
+do that is cut along the stack, is orthogonalised there. Replicated tensors need no sums: every process has all of them.
 """
 
 from __future__ import annotations

@@ -220,12 +220,12 @@ def _run_shards(
         again = buckets if copied <= most else backend.buckets(params)
         matrices = {matrix.param.param_index: matrix for matrix in _apply(again, stacked)}
     settings = backend.head.config.orthogonalization
-    for index, tensor in shards.tensors.items():
-        if tensor.cut is not None and settings.matrix_shape(tensor.part.shape, tensor.part.role) is not None:
-            here = matrices.pop(index, None)
-            move = partial(_move, backend.head)
-            report.length_factors.extend(orthogonalize_cut(settings, tensor, here, shards, move))
-    for some in bins(matrices.values(), lambda matrix: matrix.param.numel, most):
+    cut = {
+        index: tensor for index, tensor in shards.tensors.items()
+        if tensor.cut is not None and settings.matrix_shape(tensor.part.shape, tensor.part.role) is not None
+    }  # fmt: skip
+    report.length_factors.extend(orthogonalize_cut(settings, cut, matrices, shards, partial(_move, backend.head)))
+    for some in bins((m for index, m in matrices.items() if index not in cut), lambda matrix: matrix.param.numel, most):
         report.length_factors.extend(_orthogonalize_and_move(backend.head, some))
 
 
