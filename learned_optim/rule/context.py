@@ -90,8 +90,10 @@ def _log_rare_rows(c: ContextInputs) -> Tensor:
 def _log_small_embedding(c: ContextInputs) -> Tensor:
     """How far an embedding's or a head's numbers lie below 1: where they begin small, as most transformers' do, they
     have far to go before what the layers between add to them is small beside them.
+
+    Less what ``log_rare_rows`` says already: of two reasons for larger steps the stronger one counts.
     """
-    return c.shape.is_embedding * (-c.log_rms_p).clamp(0.0, 3.0)
+    return (c.shape.is_embedding * (-c.log_rms_p).clamp(0.0, 3.0) - _log_rare_rows(c)).clamp(min=0.0)
 
 
 #: Of this tensor only: a tensor's update does not depend on the tensors beside it.

@@ -26,8 +26,10 @@ Role = Literal["matrix", "embedding", "head", "vector", "conv"]
 ROLES: tuple[Role, ...] = get_args(Role)
 #: The roles of tensors that are orthogonalised, whatever their aspect ratio; those of other roles never are.
 ORTHOGONALIZED: tuple[Role, ...] = ("matrix", "conv")
-#: Rows per column from which a matrix without a role counts as an embedding; a head with so many is one, too.
+#: Rows per column from which a matrix without a role counts as an embedding, as a head of that shape does.
 EMBEDDING_ASPECT = 16.0
+#: Rows and columns of the smallest of these that is no first layer of few inputs.
+SMALLEST_EMBEDDING = 256, 16
 #: Embeddings of up to so many rows are treated like any other tensor.
 FEW_ROWS = 1000.0
 
@@ -68,7 +70,7 @@ class ShapeContext(NamedTuple):
     is_convolution: Any
     log_fan_ratio: Any  #: logarithm of outputs over inputs
     log_embedding_rows: Any  #: logarithm of an embedding's rows over ``FEW_ROWS``, if there are more; 0 elsewhere
-    is_embedding: Any  #: 1 for embeddings and heads
+    is_embedding: Any  #: 1 for embeddings and heads; without a role, for tall matrices from ``SMALLEST_EMBEDDING`` on
 
     @classmethod
     def of(cls, shape: Sequence[int], role: Role | None = None) -> ShapeContext:
@@ -79,8 +81,9 @@ class ShapeContext(NamedTuple):
         tall = len(shape) == 2 and shape[0] >= EMBEDDING_ASPECT * shape[1]
         is_embedding = role == "embedding" or (role is None and tall)
         log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if is_embedding else 0.0
-        is_either = float(is_embedding or role == "head")
-        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, is_either)
+        large = tall and shape[0] >= SMALLEST_EMBEDDING[0] and shape[1] >= SMALLEST_EMBEDDING[1]
+        is_either = role in ("embedding", "head") or (role is None and large)
+        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_either))
 
 
 class TensorShapes(NamedTuple):

@@ -168,6 +168,10 @@ class ReferenceTensor:
         mean_abs_b = sum(abs(x) for x in b) / len(b)
         sparsity = mean_abs_b / rms(b) if any(b) else 0.0
         rows = self.shape[0] if len(self.shape) == 2 and self.shape[0] >= 16 * self.shape[1] else 1
+        rare_rows = math.log(max(rows, 1000) / 1000) * min(-math.log(clamp(sparsity, 1e-3, 1.0)), 1.0)
+        small = 0.0
+        if rows >= 256 and self.shape[1] >= 16:
+            small = clamp(-math.log(max(rms(p), 1e-4)), 0.0, 3.0)
         values = {
             "bias": 1.0,
             "log_age": math.log(self.age),
@@ -182,8 +186,8 @@ class ReferenceTensor:
             "log_rms_h": math.log(max(rms(h1), 1e-4)),
             "log_rms_u": math.log(max(rms(u), 1e-4)),
             "log_sparsity": math.log(clamp(sparsity, 1e-3, 1.0)),
-            "log_small_embedding": clamp(-math.log(max(rms(p), 1e-4)), 0.0, 3.0) if rows > 1 else 0.0,
-            "log_rare_rows": math.log(max(rows, 1000) / 1000) * min(-math.log(clamp(sparsity, 1e-3, 1.0)), 1.0),
+            "log_rare_rows": rare_rows,
+            "log_small_embedding": max(small - rare_rows, 0.0),
         }
         bound = config.context_bound
         return [

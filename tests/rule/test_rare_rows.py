@@ -27,7 +27,7 @@ def some_rows(shapes, steps, generator):
 
 
 def test_the_transcription_says_the_same():
-    shapes = [(3000, 1), (40, 3), (3000,), (1600, 2), (48, 3)]
+    shapes = [(3000, 1), (40, 3), (3000,), (1600, 2), (256, 16), (1100, 17)]
     assert_follows_reference(POLICY, shapes, Segments(shapes), steps=3, gradients=some_rows)
 
 
@@ -90,23 +90,33 @@ def test_rare_rows_of_a_large_embedding_move_further_than_without_it():
 
 
 def test_small_embeddings_and_heads_are_told_from_the_rest():
-    small = torch.full((400, 8), 0.05, dtype=torch.float64)
+    small = torch.full((400, 16), 0.05, dtype=torch.float64)
 
     def seen(x, role=None):
         return feature(x.shape, x, role, name="log_small_embedding")
 
     for x, role in ((small, None), (small[:9], "embedding"), (small[:9], "head")):
         assert seen(x, role) == pytest.approx(math.log(20.0))
-    assert seen(2.0 + small) == seen(small[:9]) == seen(small, "matrix") == seen(small[:, 0]) == 0.0
+    for x in (2.0 + small, small[:255], small[:, :15], small[:, 0]):
+        assert seen(x) == 0.0
+    assert seen(small, "matrix") == 0.0
     assert seen(0.0 * small) == 3.0
+
+
+def test_of_two_reasons_for_larger_steps_the_stronger_one_counts():
+    x = 0.02 * rare(20_000, 16, 0.01)
+    both = [feature(x.shape, x, name=name) for name in ("log_rare_rows", "log_small_embedding")]
+    assert sum(both) == pytest.approx(3.0)
+    x = 100.0 * x
+    assert feature(x.shape, x, name="log_small_embedding") == 0.0 < feature(x.shape, x)
 
 
 def test_an_embedding_that_begins_small_moves_further():
     moved = []
     for size in (0.05, 1.0):
-        p = torch.nn.Parameter(torch.full((400, 8), size))
+        p = torch.nn.Parameter(torch.full((400, 16), size))
         opt = LearnedOptimizer([p], lr=1e-3)
-        p.grad = torch.randn(400, 8, generator=torch.Generator().manual_seed(0))
+        p.grad = torch.randn(400, 16, generator=torch.Generator().manual_seed(0))
         opt.step()
         moved.append(float((p.detach() - size).square().mean().sqrt()))
     # exp(0.8 * 3), less what smaller numbers of any tensor take off (log_rms_p)
