@@ -16,6 +16,7 @@ from learned_optim.engine.auto import make_backend
 from learned_optim.engine.collect import Collector, StateKeys, check_added
 from learned_optim.engine.graph import CudaCapture, StepGraph
 from learned_optim.engine.hyperparameters import checked_new_group, hyperparameters
+from learned_optim.engine.kinds import KIND_KEYS
 from learned_optim.engine.sharding import find_shards
 from learned_optim.engine.state_checks import STATE_DTYPES
 from learned_optim.engine.step import StepReport
@@ -249,7 +250,7 @@ class LearnedOptimizer(Optimizer):
             for name in ("betas", "eps"):
                 if name in param_group and param_group[name] is None:
                     param_group = {**param_group, name: self.defaults[name]}
-            param_group = checked_new_group(param_group, self.defaults)
+            param_group = checked_new_group(param_group, self.defaults, KIND_KEYS)
         super().add_param_group(param_group)
         check_added(self.param_groups)
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Real
 from typing import Any, TypeVar
 
@@ -60,16 +62,22 @@ def each_group(look: Callable[[Mapping[str, Any]], T], groups: Iterable[Mapping[
     return seen
 
 
-def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
     """A group as it is added: a policy that it names is the optimizer's, in the optimizer's words.
 
     ``ZeroRedundancyOptimizer`` writes all arguments of the constructor into the groups, the policy as it was given.
+
+    Args:
+        group: as the user gives it.
+        defaults: of the optimizer.
+        others: further keys that are read.
 
     Raises:
         TypeError, ValueError: those of :func:`hyperparameters`; or the group asks for a policy of its own, whose name
             would only end up in checkpoints, which could not be loaded then.
     """
     hyperparameters({**defaults, **group})
+    _warn_of_misspelt_keys(group, [*defaults, *others])
     if "policy" not in group:
         return group
     asked, ours = group["policy"], defaults["policy"]
@@ -84,6 +92,15 @@ def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any]) -> dic
             "all groups: leave 'policy' out of the group, or make an optimizer for each policy"
         )
     return {**group, "policy": ours}
+
+
+def _warn_of_misspelt_keys(group: Mapping[str, Any], known: Sequence[str]) -> None:
+    """A group may hold anything, as those of torch may; what looks like a slip would have no effect."""
+    for key in group:
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.82)
+        if key not in known and near:
+            what = f"a parameter group has {key!r}, which is not read: did you mean {near[0]!r}?"
+            warnings.warn(what, UserWarning, stacklevel=2)
 
 
 def _looked_at_closely(group: Mapping[str, Any], read: bool) -> Hyperparameters:

@@ -279,3 +279,15 @@ def test_the_summary_says_what_each_tensor_is_taken_for():
     rows = [line.split() for line in plain.splitlines()[1:]]
     assert rows[0] == ["0.0", "scalar", "vector,", "by", "its", "shape", "no", "0"]
     assert rows[1] == ["0.1", "64×2×3", "conv,", "by", "its", "shape", "64×6", "0"]
+
+
+@pytest.mark.parametrize(
+    ("key", "meant"), [("splits", "split"), ("roles", "role"), ("weigth_decay", "weight_decay"), ("beta", "betas")]
+)
+def test_a_misspelt_key_is_warned_of(key, meant):
+    with pytest.warns(UserWarning, match=f"{key!r}, which is not read: did you mean {meant!r}"):
+        LearnedOptimizer([{"params": [nn.Parameter(torch.zeros(4, 4))], key: 0}])
+
+
+def test_keys_of_others_are_left_alone():
+    LearnedOptimizer([{"params": [nn.Parameter(torch.zeros(4, 4))], "name": "a", "lr_scale": 0.5, "initial_lr": 1.0}])
