@@ -185,6 +185,8 @@ def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
     ``scale.png``. Nothing else is needed to go on: the same command makes what is missing.
     """
     from learned_optim.bench.quality import load_policies
+    from learned_optim.bench.quality_config import cache_folder
+    from learned_optim.bench.scale import text as corpus
     from learned_optim.bench.scale.figures import by_model
     from learned_optim.bench.scale.plan import Entry, listed
     from learned_optim.bench.scale.report import markdown
@@ -194,6 +196,8 @@ def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
         minutes = sum(entry.seconds for entry in left) / 60.0
         print(f"{what}; {len(left)} cells missing, about {minutes:.0f} minutes", file=sys.stderr, flush=True)
 
+    if any(m.line == "text" for m in config.chosen()) and not corpus.corpus_path(cache_folder(config.cache)).is_file():
+        print("making the text out of what is installed here: a minute or two, once", file=sys.stderr, flush=True)
     scale = Scale(config, load_policies(config.policies), out)
     try:
         if not config.dry_run:

@@ -48,6 +48,11 @@ class Corpus(NamedTuple):
     fingerprint: str
 
 
+def corpus_path(cache: Path, vocabulary: int = VOCABULARY) -> Path:
+    """The file of the corpus in the cache."""
+    return cache / f"text-{FORMAT}-{vocabulary}.npz"
+
+
 def load(cache: Path, vocabulary: int = VOCABULARY) -> Corpus:
     """The corpus of the cache, or a new one that is put there.
 
@@ -55,7 +60,7 @@ def load(cache: Path, vocabulary: int = VOCABULARY) -> Corpus:
         ImportError: there is none in the cache, and ``tokenizers`` is not installed.
         RuntimeError: too little text was found on this machine.
     """
-    path = cache / f"text-{FORMAT}-{vocabulary}.npz"
+    path = corpus_path(cache, vocabulary)
     if not path.is_file():
         documents = list(_documents())
         write_atomically(path, _encode(documents, vocabulary))
