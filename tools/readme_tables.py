@@ -294,7 +294,7 @@ FIGURES: dict[str, Callable[[Results], str]] = {
     "sizes": _sizes, "tasks": _count, "bytes": _bytes(4), "bytes_bfloat16": _bytes(2),
     "over_muon": _summary("speedup over Muon, tuned, geometric mean"),
     "muon_lower": _muon_lower, "good_start": zoo_tables.good_start,
-    "users_steps": zoo_tables.users_steps, "users_time": zoo_tables.users_time,
+    "users_steps": zoo_tables.users_steps, "users_time": zoo_tables.users_time, **scale_tables.FIGURES,
 }  # fmt: skip
 
 

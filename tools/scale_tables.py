@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Protocol
@@ -9,7 +10,7 @@ from typing import Protocol
 from learned_optim.bench.scale import report
 from learned_optim.bench.scale.cells import read_all
 from learned_optim.bench.scale.config import MODELS
-from learned_optim.bench.scale.figures import OfModel, by_model
+from learned_optim.bench.scale.figures import OfModel, by_model, compare
 from learned_optim.bench.scale.plots import draw
 
 
@@ -42,6 +43,25 @@ def scale_losses(results: Results) -> str:
 def scale_runs(results: Results) -> str:
     """Models, devices, milliseconds."""
     return report.runs(rows(results))
+
+
+def speedup_of(model: str, rival: int) -> Callable[[Results], str]:
+    """Figure within a sentence: in steps, with constant learning rate; rivals are AdamW and Muon."""
+
+    def figure(results: Results) -> str:
+        (row,) = (row for row in rows(results) if row.model.name == model)
+        comparison = compare(row.ours[0], row.rivals[rival])
+        return report.MISSING if comparison is None else f"{comparison.steps:.2f}"
+
+    return figure
+
+
+#: By name.
+FIGURES = {
+    f"{model.replace('-', '_').replace('.', '_')}_{name}": speedup_of(model, i)
+    for model in ("text-0.3M", "text-1M")
+    for i, name in enumerate(("adamw", "muon"))
+}
 
 
 def draw_scale(results: Results, path: Path) -> None:
