@@ -79,11 +79,11 @@ class ShapeContext(NamedTuple):
         fan_ratio = 0.0 if is_vector else math.log(max(shape[0], 1) / max(shape[1], 1))
         log_numel = math.log(max(math.prod(shape), 1))
         tall = len(shape) == 2 and shape[0] >= EMBEDDING_ASPECT * shape[1]
-        is_embedding = role == "embedding" or (role is None and tall)
-        log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if is_embedding else 0.0
+        counts_rows = role == "embedding" or (role is None and tall)
+        log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if counts_rows else 0.0
         large = tall and shape[0] >= SMALLEST_EMBEDDING[0] and shape[1] >= SMALLEST_EMBEDDING[1]
-        is_either = role in ("embedding", "head") or (role is None and large)
-        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_either))
+        is_embedding = role in ("embedding", "head") or (role is None and large)
+        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_embedding))
 
 
 class TensorShapes(NamedTuple):
