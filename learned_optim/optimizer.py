@@ -66,9 +66,9 @@ class LearnedOptimizer(Optimizer):
             A bundled name touches no network.
         revision: branch, tag or commit of a Hub id.
         maximize: ascend instead of descend.
-        backend: ``"compiled"`` runs C++ that is generated from the rule and compiled once per machine (on GPUs: what
-            ``torch.compile`` makes), ``"eager"`` plain torch operations. ``"auto"`` compiles where there is a compiler
-            and, on GPUs, a million parameters or more; :attr:`backend` says what is used.
+        backend: ``"compiled"`` runs C++ that is generated from the rule and compiled once per machine (on GPUs:
+            Triton kernels), ``"eager"`` plain torch operations. ``"auto"`` compiles where there is a compiler and, on
+            GPUs, a million parameters or more; :attr:`backend` says what is used.
         state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 8 bytes per parameter with
             ``default``. ``None``: float32, and float64 for float64 parameters: 12 bytes per parameter in float32.
         safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's, unless its gradients turn

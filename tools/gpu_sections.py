@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from learned_optim import LearnedOptimizer, Policy
 from learned_optim.bench import step as bench
 from learned_optim.bench.ablations import variant
-from learned_optim.engine import compiled, packing, products
+from learned_optim.engine import gpu_kernels, packing, products
 from learned_optim.engine.graph import MOVES, WARM_UP, CudaCapture, StepGraph
 
 Make = Callable[[list[Tensor]], Any]
@@ -245,27 +245,29 @@ def training(run: Run, arguments: dict[str, int], is_tied: bool) -> dict[str, An
 
 
 def limits(run: Run) -> dict[str, Any]:
-    """How much is copied side by side, and from how many rows on a tensor is run where it lies: ms and memory.
+    """How many directions are kept at once, and how the kernels' programs are cut: ms and memory.
 
-    The limits as they are were chosen for steps whose every operation is a launch by the host.
+    The limits as they are were chosen without a GPU.
     """
     figures: dict[str, Any] = {}
-    as_they_are = packing.ON_GPU, compiled.IN_PLACE_ON_GPU
+    as_they_are = packing.ON_GPU, gpu_kernels.BLOCK, gpu_kernels.WARPS
+    copied, block, warps = as_they_are
     for what, shapes in (("GPT", run.shapes()), ("GPT-2", run.shapes2())):
-        for copied, rows in (as_they_are, (as_they_are[0], 256), (8, as_they_are[1]), (8, 256), (4, 64)):
-            packing.ON_GPU, compiled.IN_PLACE_ON_GPU = copied, rows
+        others = (8, block, warps), (4 * copied, block, warps), (copied, 1024, 8), (copied, 1024, 4), (copied, 256, 4)
+        for limits in (as_they_are, *others):
+            packing.ON_GPU, gpu_kernels.BLOCK, gpu_kernels.WARPS = limits
             try:
                 optimizer, params = bench._prepared(shapes, LearnedOptimizer, run.device)
                 peak = _peak(run, optimizer)
                 seconds = [bench._timed(optimizer.step, run.device) for _ in range(run.repeats)]
-                figures[f"{what}: ON_GPU {copied}, IN_PLACE_ON_GPU {rows}"] = {
+                figures["{}: ON_GPU {}, BLOCK {}, WARPS {}".format(what, *limits)] = {
                     "ms": statistics.median(seconds) * 1e3,
                     "MB besides the state": peak / 1e6,
                     "of the state": peak / bench._state_bytes(optimizer),
                 }
                 del optimizer, params
             finally:
-                packing.ON_GPU, compiled.IN_PLACE_ON_GPU = as_they_are
+                packing.ON_GPU, gpu_kernels.BLOCK, gpu_kernels.WARPS = as_they_are
     return figures
 
 

@@ -6,7 +6,9 @@ auto.py             which backend runs: ``make_backend``
 eager.py            plain torch operations
 native.py           compiled C++, on CPUs; native_library.py makes it of the rule, through codegen.py and *.cpp
 native_matrices.py  orthogonalising in C++
-compiled.py         what torch.compile makes of the rule, on GPUs; kernels.py makes it
+gpu.py              Triton kernels, on GPUs; gpu_kernels.py makes them of the rule
+traced.py           the rule's passes for one coordinate, as statements: what C++ and Triton kernels share
+kernels.py          the compilers, and the tensor head as torch.compile makes it, for GPUs
 graph.py            the whole step as one CUDA graph; device_scalars.py: the numbers that change with every step
 products.py         matrix products as GPUs like them
 packing.py          small tensors side by side in one vector

@@ -10,8 +10,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from learned_optim.engine.compiled import CompiledBackend
 from learned_optim.engine.eager import EagerBackend
+from learned_optim.engine.gpu import GpuBackend
 from learned_optim.engine.head import TensorHead
 from learned_optim.engine.kernels import CompilationError, find_compiler
 from learned_optim.engine.native import NativeBackend
@@ -21,7 +21,8 @@ from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
 
 #: On a GPU ``auto`` compiles for a dtype of which a model has this many parameters, which takes some 20 s once per
-#: machine. On a CPU it always does: some 3 s once per machine, a few milliseconds from then on.
+#: machine, most of them for the tensor head. On a CPU it always does: some 3 s once per machine, a few milliseconds
+#: from then on.
 WORTH_COMPILING = 1_000_000
 
 
@@ -38,7 +39,7 @@ class AutoBackend:
 
     def __init__(self, head: TensorHead, always: bool) -> None:
         self.head, self.always = head, always
-        self._eager, self._native, self._compiled = EagerBackend(head), NativeBackend(head), CompiledBackend(head)
+        self._eager, self._native, self._gpu = EagerBackend(head), NativeBackend(head), GpuBackend(head)
         self._compile: dict[tuple[str, torch.dtype], bool] = {}
         self._reasons: dict[str, None] = {}
         self._failed = False
@@ -60,6 +61,10 @@ class AutoBackend:
             compiled, why = self._choice(device, size)
             self._compile[device, dtype] = compiled
             self._reasons[f"{'compiled' if compiled else 'eager'} ({count}{why})"] = None
+
+    def before_capture(self, params: list[ParamState]) -> None:
+        self.prepare(params)
+        self._gpu.before_capture([p for p in params if self._compile[_key(p.format)] and p.format.device.type != "cpu"])
 
     def _choice(self, device: str, size: int) -> tuple[bool, str]:
         if self._failed:
@@ -90,8 +95,8 @@ class AutoBackend:
         for backend, some in parts.items():
             yield from backend.buckets(some)
 
-    def _of(self, form: Format) -> NativeBackend | CompiledBackend:
-        return self._native if form.device.type == "cpu" else self._compiled
+    def _of(self, form: Format) -> NativeBackend | GpuBackend:
+        return self._native if form.device.type == "cpu" else self._gpu
 
     def _fail(self, error: CompilationError) -> None:
         self._failed = True

@@ -21,8 +21,8 @@ from learned_optim.engine.packing import to_device
 from learned_optim.rule.types import Hyperparameters, StepScalars
 
 _SCALARS = len(StepScalars._fields)
-#: The step, its scalars, and those with which a move along a direction writes the direction itself.
-WIDTH = 1 + 2 * _SCALARS
+#: The step and its scalars.
+WIDTH = 1 + _SCALARS
 
 
 class DeviceContext(StepContext):
@@ -35,8 +35,7 @@ class DeviceContext(StepContext):
 
     def __init__(self, row: Tensor, hyper: Hyperparameters) -> None:
         step, *rest = row.unbind()
-        self.step, self.hyper = step, hyper
-        self.scalars, self.for_directions = StepScalars(*rest[:_SCALARS]), StepScalars(*rest[_SCALARS:])
+        self.step, self.hyper, self.scalars = step, hyper, StepScalars(*rest)
 
 
 class DeviceRows:
@@ -56,7 +55,7 @@ class DeviceRows:
 
         The memory on the host is new each time: it must stay as it is until a GPU that lags behind has read it.
         """
-        rows = [(c.step, *c.scalars, *c.for_directions) for c in contexts]
+        rows = [(c.step, *c.scalars) for c in contexts]
         self._rows.copy_(to_device(rows, torch.float64, self._rows.device), non_blocking=True)
 
 
@@ -69,6 +68,6 @@ def contexts_on_gpu(counts: Sequence[Tensor], hyper: Hyperparameters) -> list[St
     """
     step = torch.stack([count.view(()) for count in counts]).double()
     scalars = StepScalars.at(step, hyper)
-    values = [step, *scalars, *scalars.for_directions()]
+    values = [step, *scalars]
     columns = [x.expand(len(step)) if isinstance(x, Tensor) else torch.full_like(step, x) for x in values]
     return [DeviceContext(row, hyper) for row in torch.stack(columns, dim=1)]

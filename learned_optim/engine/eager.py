@@ -56,6 +56,9 @@ class EagerBackend:
     def prepare(self, params: list[ParamState]) -> None:
         pass
 
+    def before_capture(self, params: list[ParamState]) -> None:
+        pass
+
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
         small: dict[tuple, list[ParamState]] = {}
         for p in params:

@@ -239,6 +239,7 @@ class StepGraph:
         if self._buffers is not None:
             for p, buffer in zip(params, self._buffers, strict=True):
                 p.grad = buffer
+        backend.before_capture(params)
         self._captured = _Captured(*capture.record(lambda: run_step(backend, params, ()), device), addresses)
         return self._captured
 

@@ -150,4 +150,3 @@ class StepContext:
         self.step: Any = step  # a number; on a device a 0-d tensor
         self.hyper = hyper
         self.scalars = StepScalars.at(step, hyper)
-        self.for_directions = self.scalars.for_directions()

@@ -11,14 +11,13 @@ from operator import is_
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import increment_version
 
 from learned_optim.engine.head import StepRecord, TensorHead
 from learned_optim.engine.hyperparameters import StepContext
 from learned_optim.engine.native_library import CompilationError, Kind, library
 from learned_optim.engine.native_matrices import NativeMatrices, at
 from learned_optim.engine.packing import COPIED, bins
-from learned_optim.engine.param_state import FlatViews, Format, ParamState, arithmetic_dtype
+from learned_optim.engine.param_state import FlatViews, Format, ParamState, arithmetic_dtype, contexts_of, have_changed
 from learned_optim.engine.step import Bucket
 from learned_optim.rule.layouts import TensorShapes
 from learned_optim.rule.types import Coefficients, TensorState, TensorSums
@@ -40,6 +39,9 @@ class NativeBackend:
         self._groups: dict[tuple[Format, bool, int], _Group] = {}
 
     def prepare(self, params: list[ParamState]) -> None:
+        pass
+
+    def before_capture(self, params: list[ParamState]) -> None:
         pass
 
     def load(self, form: Format) -> None:
@@ -183,7 +185,7 @@ class _Native:
         for flat in self.flats:
             flat.write_back()
         if not self.as_matrices:
-            _have_changed(self.params)
+            have_changed(self.params)
         return directions
 
 
@@ -266,28 +268,12 @@ def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Ten
     along = array("q", [d.data_ptr() for d in directions])
     threads = torch.get_num_threads()
     lib.move_along(len(params), at(sizes), at(targets), at(along), at(scalars), at(which), threads)
-    _have_changed(params)
-
-
-def _have_changed(params: list[ParamState]) -> None:
-    """Tell autograd, which must not use what it has saved of them."""
-    for p in params:
-        if not p.param.is_inference():  # those have no version
-            increment_version(p.param)
+    have_changed(params)
 
 
 def flat_weights(head: TensorHead, names: Iterable[str]) -> Tensor:
     """Weights in one vector, float64."""
     return torch.cat([head.weights[name].flatten() for name in names]).cpu()
-
-
-def contexts_of(params: list[ParamState]) -> tuple[list[StepContext], array]:
-    """The different contexts of a step, and for each parameter which of them is its own."""
-    contexts = list({id(p.context): p.context for p in params}.values())
-    if len(contexts) == 1:
-        return contexts, array("q", bytes(8 * len(params)))
-    number = {id(context): i for i, context in enumerate(contexts)}
-    return contexts, array("q", [number[id(p.context)] for p in params])
 
 
 def scalars_of(contexts: list[StepContext]) -> array:

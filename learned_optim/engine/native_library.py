@@ -15,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -26,16 +26,15 @@ import torch
 from torch import Tensor
 
 from learned_optim import rule
-from learned_optim.engine.codegen import CPP_TYPES, Names, generate
+from learned_optim.engine.codegen import CPP, CPP_TYPES, Names, generate
 from learned_optim.engine.head import head_pass
 from learned_optim.engine.kernels import CompilationError, find_compiler
 from learned_optim.engine.param_state import arithmetic_dtype
-from learned_optim.rule import update
+from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, coefficient_count, passes, weight_count
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import ShapeContext, TensorShapes
-from learned_optim.rule.stochastic_rounding import rounded_state
-from learned_optim.rule.types import Coefficients, CoordinateState, Spread, StepScalars, TensorState, TensorSums
+from learned_optim.rule.types import TensorState, TensorSums
 
 #: Infinities and NaN mean what they mean in torch, and integers wrap around; traps and errno, which nobody reads,
 #: would stop SIMD. Without -fopenmp: for GCC and Clang it means different libraries, and torch has loaded one.
@@ -43,9 +42,6 @@ _FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fwrapv",
     "-fPIC", "-w",
 )  # fmt: skip
-#: Tensors that the first pass reads: parameter, gradient, both moments, first hidden unit.
-_MEASURED = 5
-_SCALARS, _SUMS = len(StepScalars._fields), len(TensorSums._fields)
 
 
 class Kind(NamedTuple):
@@ -144,81 +140,28 @@ def _ours(path: Path) -> bool:
     return not hasattr(os, "getuid") or path.stat().st_uid == os.getuid()
 
 
-class _PerCoordinate:
-    """A layout in which nothing is added up: the loop does that."""
-
-    def inner(self, x: Tensor, y: Tensor) -> Tensor:
-        return x * y
-
-    def total(self, x: Tensor) -> Tensor:
-        return x
-
-    def spread(self, values: Tensor) -> Sequence[Spread]:
-        return values.unbind()
-
-
 def _source(kind: Kind) -> str:
-    config, real = kind.config, CPP_TYPES[kind.arithmetic]
-    hidden, state = len(config.hidden_weights), len(kind.dtypes) - 2
-    rows = Coefficients.count(hidden, len(config.windows) + len(config.rates))
-    shapes = config.coordinate_weights()
-    count = sum(math.prod(shape) for shape in shapes.values())
-
-    def measured(p: Tensor, g: Tensor, x: list[Tensor], scalars: list[Tensor]) -> list[Tensor]:
-        return list(update.measure(_PerCoordinate(), p, g, CoordinateState.of(x), StepScalars(*scalars)))
-
-    def applied(p: Tensor, g: Tensor, x: list[Tensor], scalars: list[Tensor], coeff: list[Tensor], flat: list[Tensor]
-                ) -> list[Tensor]:  # fmt: skip
-        now = StepScalars(*scalars)
-        weights, rest = {}, iter(flat)
-        for name, shape in shapes.items():
-            row = shape[-1]
-            values = [[next(rest) for _ in range(row)] for _ in range(math.prod(shape) // row)]
-            weights[name] = values if len(shape) == 2 else values[0]
-        d, new = update.apply(weights, config, Coefficients.of_rows(coeff, hidden), p, g, CoordinateState.of(x), now)
-        return [d, update.move(p, d, now), *rounded_state(new, kind.dtypes[2:]).tensors]
-
-    def scalar() -> Tensor:
-        return torch.ones((), dtype=kind.arithmetic, device="cpu")
-
-    def some(n: int) -> list[Tensor]:
-        return [scalar() for _ in range(n)]
-
-    def names(*expressions: str) -> list[Names]:
-        return [np.array(e, dtype=object) for e in expressions]
-
-    x = [f"x{i}" for i in range(state)]
-    scalars = [f"s[{i}]" for i in range(_SCALARS)]
-    measure, sums = generate(
-        measured, (scalar(), scalar(), some(_MEASURED - 2), some(_SCALARS)),
-        names("p", "g", *x[: _MEASURED - 2], *scalars), "m",
-    )  # fmt: skip
-    apply, results = generate(
-        applied, (scalar(), scalar(), some(state), some(_SCALARS), some(rows), some(count)),
-        names("p", "g", *x, *scalars, *(f"c[{i}]" for i in range(rows)), *(f"w[{i}]" for i in range(count))), "a",
-    )  # fmt: skip
-    move, (there,) = generate(
-        lambda p, d, scalars: [update.move(p, d, StepScalars(*scalars))], (scalar(), scalar(), some(_SCALARS)),
-        names("p", "d", *scalars), "v",
-    )  # fmt: skip
+    config, real, state = kind.config, CPP_TYPES[kind.arithmetic], len(kind.dtypes) - 2
+    made = passes(config, kind.dtypes, CPP, "{}[{}]".format)
     storage = [_STORAGE[dtype] for dtype in kind.dtypes]
     arguments = ", ".join(f"{t}* X{i}" for i, t in enumerate(storage[2:]))
     loads = " ".join(f"const R x{i} = load(X{i}[i]);" for i in range(state))
-    stores = " ".join(f"store(X{i}[i], {r.item()});" for i, r in enumerate(results[2:]))
+    stores = " ".join(f"store(X{i}[i], {r});" for i, r in enumerate(made.state))
     pointers = ", ".join(f"({t}*)q[{i + 2}] + begin" for i, t in enumerate(storage[2:]))
     few = (
         f"const R p = load(param[i]), g = load(grad[i]); {' '.join(f'const R x{i} = load(X{i}[i]);' for i in range(3))}"
     )
-    adds = " ".join(f"lanes[{i}][j] += {s.item()};" for i, s in enumerate(sums))
+    adds = " ".join(f"lanes[{i}][j] += {s};" for i, s in enumerate(made.sums))
     types = {"R": real, "P": storage[0], "G": storage[1]}
     return _template("native.cpp") % {
         "types": "\n".join(f"using {name} = {t};" for name, t in types.items()),
-        "few_arguments": ", ".join(f"const {t}* X{i}" for i, t in enumerate(storage[2:_MEASURED])),
-        "few_pointers": ", ".join(f"(const {t}*)q[{i + 2}] + begin" for i, t in enumerate(storage[2:_MEASURED])),
-        "few": few, "measure": measure, "adds": adds, "arguments": arguments, "loads": loads, "apply": apply,
-        "move": move, "there": there.item(),
-        "direction": results[0].item(), "moved": results[1].item(), "stores": stores, "pointers": pointers,
-        "rows": rows, "weights": count, "scalars": _SCALARS, "sums": _SUMS, "stride": 2 + state,
+        "few_arguments": ", ".join(f"const {t}* X{i}" for i, t in enumerate(storage[2:MEASURED])),
+        "few_pointers": ", ".join(f"(const {t}*)q[{i + 2}] + begin" for i, t in enumerate(storage[2:MEASURED])),
+        "few": few, "measure": made.measure, "adds": adds, "arguments": arguments, "loads": loads, "apply": made.apply,
+        "move": made.move, "there": made.there,
+        "direction": made.direction, "moved": made.moved, "stores": stores, "pointers": pointers,
+        "rows": coefficient_count(config), "weights": weight_count(config), "scalars": SCALARS, "sums": SUMS,
+        "stride": 2 + state,
         "heads": "\n".join(_head(config, guarded) for guarded in {False, CELLS[config.cell].is_mixture}),
         "orthogonalize": _template("native_orthogonalize.cpp"),
     }  # fmt: skip
@@ -251,10 +194,10 @@ def _head(config: PolicyConfig, guarded: bool) -> str:
         begin += n
     names += [
         one("numel[k]"), np.array([[f"context[{i} * K + k]"] for i in range(context)], dtype=object),
-        *(one(f"sums[{i} * K + k]") for i in range(_SUMS)), *(one(f"t{i}") for i in range(keys)), one("step[which[k]]"),
+        *(one(f"sums[{i} * K + k]") for i in range(SUMS)), *(one(f"t{i}") for i in range(keys)), one("step[which[k]]"),
     ]  # fmt: skip
     weights = {name: ones(*shape) for name, shape in shapes.items()}
-    sums, states = ([ones(1) for _ in range(n)] for n in (_SUMS, keys))  # tracing tells tensors apart by identity
+    sums, states = ([ones(1) for _ in range(n)] for n in (SUMS, keys))  # tracing tells tensors apart by identity
     examples = weights, ones(1), ones(context, 1), sums, states, ones(1)
     statements, (stacked, *state) = generate(headed, examples, names, "h")
     loads = " ".join(f"const double t{i} = *(const R*)q[{i}];" for i in range(keys))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from learned_optim.engine.hyperparameters import StepContext
 from learned_optim.engine.kinds import Part
@@ -218,6 +220,22 @@ class ParamState:
         self.grad = self.param
         if self.cached_views is not None:
             self.cached_views.release_grad()
+
+
+def contexts_of(params: Sequence[ParamState]) -> tuple[list[StepContext], array]:
+    """The different contexts of a step, and for each parameter which of them is its own."""
+    contexts = list({id(p.context): p.context for p in params}.values())
+    if len(contexts) == 1:
+        return contexts, array("q", bytes(8 * len(params)))
+    number = {id(context): i for i, context in enumerate(contexts)}
+    return contexts, array("q", [number[id(p.context)] for p in params])
+
+
+def have_changed(params: Sequence[ParamState]) -> None:
+    """Tell autograd, which must not use what it has saved of them."""
+    for p in params:
+        if not p.param.is_inference():  # those have no version
+            increment_version(p.param)
 
 
 def uncount(counts: list[Tensor]) -> None:

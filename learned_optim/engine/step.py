@@ -53,13 +53,13 @@ class Bucket(Protocol):
         """The sums of each parameter, [len(params)] each, in float64."""
         ...
 
-    def apply(self, coefficients: Tensor) -> list[Tensor]:
+    def apply(self, coefficients: Tensor) -> Sequence[Tensor | None]:
         """Write the new state, given the stacked coefficients [C, len(params)].
 
         Returns:
-            For a bucket of matrices that are orthogonalised their directions, [numel] each in the order of the indices
-            and in the dtype of the arithmetic; the parameters are left as they are. For any other bucket nothing: its
-            parameters have moved.
+            Of matrices that are orthogonalised the directions, [numel] each in the order of the indices and in the
+            dtype of the arithmetic; these parameters are left as they are. Of others, which have moved, ``None``; or
+            nothing at all, where a bucket has no such matrices.
         """
         ...
 
@@ -77,6 +77,10 @@ class Backend(Protocol):
 
     def prepare(self, params: list[ParamState]) -> None:
         """Hear of all parameters of a step before it."""
+        ...
+
+    def before_capture(self, params: list[ParamState]) -> None:
+        """Send to the device what a graph of such a step will read there, and what no graph can bring."""
         ...
 
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
@@ -236,7 +240,8 @@ def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[Matrix]:
     for bucket in buckets:
         end = begin + len(bucket.params)
         if directions := bucket.apply(stacked[:, begin:end]):
-            yield from map(Matrix, bucket.params, directions, shares[begin:end])
+            of_all = zip(bucket.params, directions, shares[begin:end], strict=True)
+            yield from (Matrix(param, d, share) for param, d, share in of_all if d is not None)
         begin = end
 
 

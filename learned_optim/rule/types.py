@@ -45,10 +45,6 @@ class StepScalars(NamedTuple):
             bias_correction1=1.0 - beta1**step, root_bias_correction2=(1.0 - beta2**step) ** 0.5,
         )  # fmt: skip
 
-    def for_directions(self) -> StepScalars:
-        """Those with which moving a parameter along d writes d itself: a kernel then serves for both."""
-        return self._replace(lr=-1.0, retained=0.0)
-
 
 class CoordinateState(NamedTuple):
     """What every coordinate keeps from step to step, each [n] like the parameters."""

@@ -1,4 +1,4 @@
-"""C++ that is generated from functions of scalars computes what torch does."""
+"""C++ and Triton that are generated from functions of scalars compute what torch does."""
 
 from __future__ import annotations
 
@@ -166,7 +166,7 @@ def compiled(functions, dtype, folder):
         names = [f"x{i}" for i in range(arity(function))]
         examples = [torch.ones((), dtype=dtype) for _ in names]
         inputs = [np.array(name, dtype=object) for name in names]
-        statements, (result,) = generate(lambda *args, f=function: [f(*args)], examples, inputs, "r")
+        statements, (result,) = generate(lambda *args, f=function: [f(*args)], examples, inputs, "r", codegen.CPP)
         kind = CPP_TYPES[function(*examples).dtype]
         loads = ", ".join(f"{name} = arguments[{i}][i]" for i, name in enumerate(names))
         source.append(_FUNCTION % (number, kind, loads, statements, result.item()))
@@ -183,6 +183,31 @@ def compiled(functions, dtype, folder):
         yield out.to(expected.dtype), expected  # two-byte results are rounded where they are stored
 
 
+def interpreted(functions, dtype):
+    """What Triton makes of each function's arguments, and what torch does."""
+    from torch._inductor.codecache import PyCodeCache
+
+    language = codegen.triton(dtype)
+    source = ["import triton", "import triton.language as tl"]
+    for number, function in enumerate(functions):
+        names = [f"x{i}" for i in range(arity(function))]
+        examples = [torch.ones((), dtype=dtype) for _ in names]
+        inputs = [np.array(name, dtype=object) for name in names]
+        statements, (result,) = generate(lambda *args, f=function: [f(*args)], examples, inputs, "r", language)
+        loads = [f"{name} = tl.load(arguments + {i} * n + at, mask=at < n, other=0.0)" for i, name in enumerate(names)]
+        source += ["@triton.jit", f"def f{number}(n, arguments, out, N: tl.constexpr):", "    at = tl.arange(0, N)"]
+        source += [f"    {line}" for line in (*loads, *statements.splitlines())]
+        source += [f"    tl.store(out + at, {result.item()}, mask=at < n)"]
+    module = PyCodeCache.load("\n".join(source))
+    for number, function in enumerate(functions):
+        values = arguments_of(function, dtype)
+        expected = function(*values)
+        stored = torch.float32 if expected.dtype in (torch.bfloat16, torch.float16) else expected.dtype
+        out = torch.empty(values.shape[1], dtype=stored)
+        getattr(module, f"f{number}")[(1,)](len(out), values, out, N=4096)
+        yield out.to(expected.dtype), expected
+
+
 def canonical(tensor):
     """With one NaN only."""
     return torch.where(tensor.isnan(), torch.full_like(tensor, NAN), tensor) if tensor.is_floating_point() else tensor
@@ -190,27 +215,54 @@ def canonical(tensor):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_every_operator_computes_what_torch_does(dtype, tmp_path, monkeypatch):
-    tables = {name: Recorded(getattr(codegen, name)) for name in ("_ELEMENTWISE", "_CONSTANTS", "_SHAPES")}
+    tables = {name: Recorded(getattr(codegen, name)) for name in ("_CPP_OPERATORS", "_CONSTANTS", "_SHAPES")}
     for name, table in tables.items():
         monkeypatch.setattr(codegen, name, table)
+    monkeypatch.setattr(codegen, "CPP", codegen.CPP._replace(operators=tables["_CPP_OPERATORS"]))
     functions = {**EXACT, **UP_TO_SIGN_OF_ZERO, **TO_ROUNDING}
     assert len(functions) == len(EXACT) + len(UP_TO_SIGN_OF_ZERO) + len(TO_ROUNDING)
+    assert_computed(functions, compiled(functions.values(), dtype, tmp_path), dtype)
+    for name, table in tables.items():
+        assert set(table) <= table.used, f"{name}: {set(table) - table.used} were not used by any function"
+
+
+#: What no pass over coordinates uses, so that Triton need not know it.
+NOT_IN_TRITON = (
+    "nan_to_num", "sign", "log", "pow", "power", "root", "square", "infinite numbers", "nan", "constant",
+    "divide integers",
+)  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of infinities and NaN
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_every_operator_of_triton_computes_what_torch_does(dtype, monkeypatch):
+    pytest.importorskip("triton")
+    language = codegen.triton(dtype)
+    table = Recorded(language.operators)
+    monkeypatch.setattr(codegen, "triton", lambda arithmetic: language._replace(operators=table))
+    functions = {**EXACT, **UP_TO_SIGN_OF_ZERO, **TO_ROUNDING}
+    functions = {name: f for name, f in functions.items() if not name.startswith(NOT_IN_TRITON)}
+    assert_computed(functions, interpreted(list(functions.values()), dtype), dtype, atol=2 * torch.finfo(dtype).eps)
+    assert set(table) <= table.used, f"{set(table) - table.used} were not used by any function"
+
+
+def assert_computed(functions, results, dtype, atol=0.0):
+    """Results and what torch gives: equal, as far as the lists of the functions say; ``atol`` for the last of them."""
     wrong = []
-    for name, (actual, expected) in zip(functions, compiled(functions.values(), dtype, tmp_path), strict=True):
+    for name, (actual, expected) in zip(functions, results, strict=True):
         if name in EXACT:
             same = bits(canonical(actual)) == bits(canonical(expected))
         elif name in UP_TO_SIGN_OF_ZERO:
             same = bits(canonical(actual) + 0.0) == bits(canonical(expected) + 0.0)
         else:
             epsilon = torch.finfo(dtype).eps
-            same = torch.isclose(actual, expected, rtol=20 * epsilon, atol=torch.finfo(dtype).tiny, equal_nan=True)
+            least = max(atol, torch.finfo(dtype).tiny)
+            same = torch.isclose(actual, expected, rtol=20 * epsilon, atol=least, equal_nan=True)
         if not same.all():
             (where,) = (~same).nonzero()[0]
             values = arguments_of(functions[name], dtype)[:, where].tolist()
             wrong.append(f"{name} of {values}: {actual[where]}, expected {expected[where]}")
     assert not wrong, "\n".join(wrong)
-    for name, table in tables.items():
-        assert set(table) <= table.used, f"{name}: {set(table) - table.used} were not used by any function"
 
 
 @pytest.mark.parametrize(

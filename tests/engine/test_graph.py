@@ -8,7 +8,7 @@ import pickle
 import pytest
 import torch
 
-from helpers.fake_capture import FakeCapture
+from helpers.fake_capture import FakeCapture, is_recording, launched
 from helpers.scripts import client_block
 from helpers.support import (
     assert_same_bits,
@@ -21,8 +21,8 @@ from helpers.support import (
     run,
     snapshot,
 )
-from learned_optim.engine import hyperparameters, kernels, step
-from learned_optim.engine.compiled import CompiledBackend
+from learned_optim.engine import gpu, gpu_kernels, hyperparameters, step
+from learned_optim.engine.gpu import GpuBackend
 from learned_optim.engine.graph import MOVES, WARM_UP, StepGraph
 
 SHAPES = [(), (0,), (3,), (12, 7), (8, 3, 3, 3), (40, 30), (40, 30)]
@@ -107,22 +107,35 @@ def test_a_graph_agrees_with_plain_steps(policy):
     assert all(float(optimizer.state[p]["step"]) == STEPS for p in params)
 
 
-@pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.parametrize("moving", [False, True])
 @pytest.mark.parametrize("policy", BOTH)
-def test_kernels_read_the_numbers_of_a_step_on_the_device(policy):
-    """The step as it is captured on a GPU, but for the capture: the bits of a step whose numbers come from the host."""
+def test_launches_of_kernels_are_replayed(policy, moving, monkeypatch):
+    """The step as it is captured on a GPU; gradients that move are found by the next capture."""
+    pytest.importorskip("triton")
+    monkeypatch.setattr(gpu, "is_capturing", is_recording)
+    made = gpu.kernels
+    monkeypatch.setattr(gpu, "kernels", lambda kind: gpu_kernels.Kernels(*map(launched, made(kind))))
     results = []
     for captured in (True, False):
-        params = leaves(*SHAPES, (600,))
+        params = leaves((), (0,), (12, 7), (4, 3, 3, 3), (600,))
         groups = [{"params": params[::2], "lr": 0.01}, {"params": params[1::2], "lr": 0.1, "weight_decay": 0.3}]
         optimizer, fake = graphed(groups, policy)
-        optimizer._backend = CompiledBackend(optimizer._backend.head)
+        optimizer._backend = GpuBackend(optimizer._backend.head)
         optimizer._graph = optimizer._graph if captured else StepGraph(fake, own=False)
-        run(optimizer, params, WARM_UP)
-        results.append((optimizer, params))
-    (one, params), (other, others) = results
-    assert one._graph._rows is not None
-    assert other._graph._rows is None
+        held = []  # so that new gradients lie elsewhere
+        for number in range(STEPS):
+            if moving and number in (WARM_UP + 1, WARM_UP + 3):
+                held += [p.grad for p in params]
+                give_gradients(params, number)
+            else:
+                keep_gradients(params, number)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.01 / (1 + number)
+            optimizer.step()
+        results.append((optimizer, fake, params))
+    (one, fake, params), (other, _, others) = results
+    assert (fake.recorded, fake.replayed) == (1 + 2 * moving, STEPS - WARM_UP)
+    assert one.backend == "compiled; one CUDA graph"
     assert_same_bits(params, others)
     assert_same_state(one, other)
 

@@ -7,8 +7,8 @@ import torch
 
 from helpers.support import copies, leaves, make, random_policy, run
 from learned_optim import PolicyConfig
-from learned_optim.engine import kernels, products, step
-from learned_optim.engine.compiled import CompiledBackend
+from learned_optim.engine import products, step
+from learned_optim.engine.gpu import GpuBackend
 from learned_optim.engine.products import gram, padded, padded_together
 
 #: Equal rows and columns of many lengths, tall and wide; cut into blocks of 16.
@@ -103,13 +103,12 @@ def test_directions_of_two_bytes_change_updates_by_their_rounding(dtype, most, a
     assert 1e-5 < min(changes) <= max(changes) < most
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(kernels.find_compiler("cpu") is None, reason="torch.compile needs a C++ compiler")
 def test_kernels_write_directions_of_two_bytes(as_on_a_gpu, monkeypatch):
+    pytest.importorskip("triton")
     plain = leaves(*SHAPES)
     params, before = copies(plain), copies(plain)
     optimizer = make(params, policy(), weight_decay=0.0)
-    optimizer._backend = CompiledBackend(optimizer._backend.head)
+    optimizer._backend = GpuBackend(optimizer._backend.head)
     run(make(plain, policy(), weight_decay=0.0), plain, 3)
     monkeypatch.setattr(products, "DIRECTIONS", torch.bfloat16)
     run(optimizer, params, 3)

@@ -47,6 +47,25 @@ class _Recorder(TorchDispatchMode):
         return out
 
 
+_recording: list[_Recorder] = []
+
+
+def is_recording(*_: Any) -> bool:
+    return bool(_recording)
+
+
+def launched(kernel: Callable[..., None]) -> Callable[..., None]:
+    """A kernel that is no operation of torch, whose launches are recorded, too."""
+
+    def launch(*args: Any, **kwargs: Any) -> None:
+        if _recording:
+            _recording[-1].operations.append((kernel, args, kwargs, None))
+        else:
+            kernel(*args, **kwargs)
+
+    return launch
+
+
 class FakeCapture:
     """Stands in for :class:`learned_optim.engine.graph.CudaCapture` on CPUs."""
 
@@ -63,10 +82,12 @@ class FakeCapture:
     def record(self, work: Callable[[], Any], device: torch.device) -> tuple[Any, Callable[[], None]]:
         recorder = _Recorder()
         with torch.no_grad():
+            _recording.append(recorder)
             try:
                 with recorder:
                     result = work()
             finally:
+                _recording.pop()
                 for whole, before in recorder.before.values():
                     whole.copy_(before)
             for t in recorder.made:  # memory of the graph, in which nothing has been computed yet
