@@ -17,8 +17,11 @@ from learned_optim.rule.layouts import EMBEDDING_ASPECT
 _PACKED = {"qkv": 3, "Wqkv": 3, "qkv_proj": 3, "c_attn": 3, "gate_up_proj": 2}
 #: Layers that store queries, keys and values head by head, and how the names of the classes that own them begin.
 _BY_HEAD: dict[str, tuple[str, ...]] = {
-    "query_key_value": ("",), "qkv_proj": ("CodeGen", "MiniMax"), "c_attn": ("GPTBigCode",), "in_proj": ("Disentangled",),
-}  # fmt: skip
+    "query_key_value": ("",),
+    "qkv_proj": ("CodeGen", "MiniMax"),
+    "c_attn": ("GPTBigCode",),
+    "in_proj": ("Disentangled",),
+}
 #: What modules call the width of a head.
 _HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 #: Gates that lie below each other in the weights of recurrent layers.
