@@ -87,7 +87,7 @@ def agreement(run: Run) -> dict[str, Any]:
     """Largest differences of parameters after 10 steps, whose updates add up to some 0.01."""
     figures: dict[str, Any] = {}
     options = [(torch.float32, {}), (torch.bfloat16, {}), (torch.float16, {}), (torch.float32, {"safeguard": True}),
-               (torch.float32, {"state_dtype": torch.bfloat16})]  # fmt: skip
+               (torch.float32, {"state_dtype": torch.bfloat16}), (torch.float32, {"offload": True})]  # fmt: skip
     for dtype, more in options:
         ends: dict[str, list[Tensor]] = {}
         for way, backend in WAYS.items():
@@ -233,14 +233,14 @@ def sections(run: Run) -> dict[str, Callable[[Run], Any]]:
     for number, size in reversed(list(enumerate(run.sizes))):
         by_title[f"steps, one tensor of {size:,}"] = _case(lambda run, n=number: [bench._matrix(run.sizes[n])])
     last = {"memory": memory, "limits": gpu_sections.limits, "two-byte directions": gpu_sections.two_bytes}
-    last["agreement"] = agreement
+    last |= {"offload": gpu_sections.offloaded, "agreement": agreement}
     return {**by_title, **last, "first step": first_step}
 
 
 #: What the page says before its figures; what nobody has measured is said in place of them.
 ABOUT = Path(__file__).with_name("gpu_about.md").read_text(encoding="utf-8")
-UNMEASURED = """**Not measured yet:** the graph, `capturable=True`, padded batches and two-byte directions. What
-follows is from before there were any: steps launched from the host one operation at a time.
+UNMEASURED = """**Not measured yet:** the graph, `capturable=True`, `offload=True`, padded batches and two-byte
+directions. What follows is from before there were any: steps launched from the host one operation at a time.
 """
 
 

@@ -8,6 +8,7 @@ native.py           compiled C++, on CPUs; native_library.py makes it of the rul
 native_matrices.py  orthogonalising in C++
 compiled.py         what torch.compile makes of the rule, on GPUs; kernels.py makes it
 graph.py            the whole step as one CUDA graph; device_scalars.py: the numbers that change with every step
+offload.py          state on the host, lent to a GPU for the time of a step
 products.py         matrix products as GPUs like them
 packing.py          small tensors side by side in one vector
 kinds.py            what a group says its tensors are: stacks, packed matrices, roles

@@ -32,6 +32,7 @@ from torch import Tensor
 
 from learned_optim.engine.device_scalars import DeviceRows
 from learned_optim.engine.hyperparameters import StepContext
+from learned_optim.engine.offload import Offload
 from learned_optim.engine.packing import copy_all
 from learned_optim.engine.param_state import Format, ParamIndex, ParamState
 from learned_optim.engine.sharding import Shards
@@ -113,9 +114,14 @@ class StepGraph:
         capture: records.
         capturable: step counts lie on the device, so that the user can capture; then there is no graph of its own.
         own: whether there is one otherwise.
+        offload: lends state that lies on the host; then there is no graph.
     """
 
-    def __init__(self, capture: Capture, capturable: bool = False, own: bool = True) -> None:
+    def __init__(
+        self, capture: Capture, capturable: bool = False, own: bool = True, offload: Offload | None = None
+    ) -> None:
+        self._offload = offload
+        self._run_step = run_step if offload is None else offload.run
         self._capture, self._capturable, self._own = capture, capturable, own
         self._obstacle = ""
         self._failure = ""
@@ -145,11 +151,11 @@ class StepGraph:
         capture = self._capture
         device = params[0].param.device if params else None
         if device is None or not self._own or not capture.works_on(device):
-            return run_step(backend, params, shards, skip_nonfinite)
+            return self._run_step(backend, params, shards, skip_nonfinite)
         self._obstacle = self._obstacles(params, shards, skip_nonfinite)
         if self._obstacle or self._failure:
             self.forget()
-            return run_step(backend, params, shards, skip_nonfinite)
+            return self._run_step(backend, params, shards, skip_nonfinite)
         contexts = self._write_rows(params, device)
         if self._captured is None and self._seen < WARM_UP:
             self._seen += 1
@@ -192,6 +198,8 @@ class StepGraph:
         """Why there can be no graph, or nothing."""
         if self._capturable:
             return "capturable=True leaves capturing to you"
+        if self._offload is not None:
+            return "offload=True copies state to and fro"
         if shards:
             return "sharded parameters"
         if skip_nonfinite:

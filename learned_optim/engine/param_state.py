@@ -174,10 +174,24 @@ class ParamState:
         index, values = grad.indices()[0], grad.values()
         some = copy.copy(self)
         some.role = "embedding"
-        some.param, *state = (t.detach().index_select(0, index) for t in (self.param, *self.state_tensors))
+        some.param = self.param.detach().index_select(0, index)
+        # State may lie on the host.
+        state = [t.index_select(0, index.to(t.device)).to(index.device) for t in self.state_tensors]
         some.state_tensors, some.numel, some.rows = tuple(state), some.param.numel(), (self, index)
         some.grad = -values if maximize else values
         some.format = format_of(self.format.device, self.format.param, values.dtype, self.format.state)
+        some.cached_views = None
+        return some
+
+    @property
+    def state_on_host(self) -> list[Tensor]:
+        """The state tensors of the parameter that are here, where they lie between steps."""
+        return self._here[1:]
+
+    def with_state(self, tensors: Sequence[Tensor]) -> ParamState:
+        """The same for the time of a step with its state elsewhere, in tensors like :attr:`state_on_host`."""
+        some = copy.copy(self)
+        some.state_tensors = tuple(self._piece(_real(t) if self.complex else t) for t in tensors)
         some.cached_views = None
         return some
 
@@ -214,7 +228,7 @@ class ParamState:
             for target, rows in zip(
                 (whole.param, *whole.state_tensors), (self.param, *self.state_tensors), strict=True
             ):
-                target.detach().index_copy_(0, index, rows)
+                target.detach().index_copy_(0, index.to(target.device), rows.to(target.device))
         self.grad = self.param
         if self.cached_views is not None:
             self.cached_views.release_grad()

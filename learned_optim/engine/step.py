@@ -97,6 +97,13 @@ class StepReport:
     names: Mapping[ParamIndex, str] = field(default_factory=dict)  #: of the parameters
     skipped: Mapping[ParamIndex, Tensor] = field(default_factory=dict)  #: how many steps were, of each
 
+    def add(self, other: StepReport) -> None:
+        """What the same step leaves behind of other parameters."""
+        self.records += other.records
+        self.length_factors += other.length_factors
+        self.left_out += other.left_out
+        self.skipped = {**self.skipped, **other.skipped}
+
 
 def run_step(
     backend: Backend, params: list[ParamState], shards: Sequence[Shards], skip_nonfinite: bool = False

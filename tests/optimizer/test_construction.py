@@ -23,6 +23,7 @@ def test_the_signature_is_the_documented_one():
     assert list(signature.parameters) == [
         "params", "lr", "betas", "eps", "weight_decay",
         "policy", "revision", "maximize", "backend", "state_dtype", "safeguard", "skip_nonfinite", "capturable",
+        "offload",
     ]  # fmt: skip
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "params"}
     assert defaults == {
