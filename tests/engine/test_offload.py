@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import pickle
+from typing import ClassVar
 
 import pytest
 import torch
@@ -225,6 +227,69 @@ def test_going_on_from_adamw_and_a_group_that_is_added(hosts):
     optimizer.add_param_group({"params": params[1:]})
     run(optimizer, params, 2)
     assert {id(t) for t in states(optimizer)} == {id(t) for t in hosts[-1].kept}
+
+
+class FakeStream:
+    """Writes down who waits for whom, and in which stream copies are made."""
+
+    log: ClassVar[list[str]] = []
+    current = "compute"
+
+    def __init__(self, name):
+        self.name = name
+
+    def wait_stream(self, other):
+        self.log.append(f"{self.name} waits for {other.name}")
+
+    def record_event(self):
+        self.log.append(f"{self.name} records an event")
+        return f"event of {self.name}"
+
+    def wait_event(self, event):
+        self.log.append(f"{self.name} waits for {event}")
+
+    def synchronize(self):
+        self.log.append(f"the host waits for {self.name}")
+
+    @contextlib.contextmanager
+    def entered(self):
+        FakeStream.current = self.name
+        yield
+        FakeStream.current = "compute"
+
+
+def test_pinned_memory_is_copied_in_streams_that_wait_for_each_other(monkeypatch):
+    """On a CPU, with streams that only say what they are told: the order of calls, not that a GPU follows it."""
+    monkeypatch.setattr(FakeStream, "log", log := [])
+    names = iter(("there", "back"))
+    compute, copy_ = FakeStream("compute"), torch.Tensor.copy_
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: FakeStream(next(names)))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: compute)
+    monkeypatch.setattr(torch.cuda, "stream", FakeStream.entered)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: t.clone())
+    monkeypatch.setattr(torch.Tensor, "record_stream", lambda t, stream: log.append(f"kept for {stream.name}"))
+
+    def copied(target, source, non_blocking=False):
+        log.append(f"copy in {FakeStream.current}{', going on' if non_blocking else ''}")
+        return copy_(target, source)
+
+    host, cpu = module.PinnedMemory(), torch.device("cpu")
+    kept = host.keep(torch.ones(3))
+    monkeypatch.setattr(torch.Tensor, "copy_", copied)
+    loan = host.lend([kept], cpu)
+    assert loan.on_device[0].data_ptr() != kept.data_ptr()
+    host.await_arrival(loan)
+    loan.on_device[0].add_(1.0)
+    assert kept.tolist() == [1.0] * 3
+    host.take_back(loan)
+    host.finish(cpu)
+    assert kept.tolist() == [2.0] * 3
+    assert log == [
+        "there waits for compute", "copy in there, going on", "kept for there", "there records an event",
+        "compute waits for event of there",
+        "back waits for compute", "copy in back, going on", "kept for back", "the host waits for back",
+    ]  # fmt: skip
+    assert [host.serves(torch.device(kind)) for kind in ("cuda", "cpu", "meta")] == [True, False, False]
 
 
 class Broken(RuntimeError):
