@@ -9,10 +9,9 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.collect import name_of, parts_of
-from learned_optim.engine.head import StepRecord
+from learned_optim.engine.head import StepRecord, StepReport
 from learned_optim.engine.kinds import TensorKind
 from learned_optim.engine.param_state import ParamIndex
-from learned_optim.engine.step import StepReport
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import ShapeContext
 from learned_optim.rule.types import Coefficients

@@ -15,6 +15,15 @@ from learned_optim.rule.layouts import EMBEDDING_ASPECT
 
 #: Modules whose name says that they compute several things at once, and how many, each with as many outputs.
 _PACKED = {"qkv": 3, "Wqkv": 3, "qkv_proj": 3, "c_attn": 3, "gate_up_proj": 2}
+#: Layers that store queries, keys and values head by head, and how the names of the classes that own them begin.
+_BY_HEAD: dict[str, tuple[str, ...]] = {
+    "query_key_value": ("",),
+    "qkv_proj": ("CodeGen", "MiniMax"),
+    "c_attn": ("GPTBigCode",),
+    "in_proj": ("Disentangled",),
+}
+#: What modules call the width of a head.
+_HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 #: Gates that lie below each other in the weights of recurrent layers.
 _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
@@ -34,7 +43,7 @@ def param_groups(
     """Ordinary parameter groups that say what each tensor of a model is.
 
     Known are torch's own layers and, by class or name, what models keep in one tensor: the packed projections of
-    ``nn.MultiheadAttention``, GPT-2 and their like, gates of recurrent layers, stacks of experts,
+    ``nn.MultiheadAttention``, GPT-2, GPT-NeoX, Mamba and their like, gates of recurrent layers, stacks of experts,
     transposed convolutions. Embeddings and heads are told from matrices by module, not by aspect ratio: a head is what
     ``get_output_embeddings()`` names, or the last linear layer if its weight has an embedding's shape or 16 outputs for
     each input. What is not known is left to its shape. Weight decay goes to everything but biases, norms, other
@@ -219,6 +228,10 @@ def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
 
 def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None:
     """How the outputs of a layer with a telling name are cut."""
+    if (by_head := _by_head(use, outputs)) is not None:
+        return by_head
+    if hasattr(use.parent, "A_log"):
+        return _state_space(use, outputs)
     count = _PACKED.get(use.module_name, 0)
     if count == 2:
         return 2 if outputs % 2 == 0 else None
@@ -230,6 +243,36 @@ def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None
             keys = heads * width
             return 3 if outputs == 3 * keys else (outputs - 2 * keys, keys, keys)
     return 3 if count == 3 and outputs == 3 * inputs else None
+
+
+def _by_head(use: _Use, outputs: int) -> int | None:
+    """How many matrices of a head's width: the one cut that fits whatever order queries, keys and values are in."""
+    if not type(use.parent).__name__.startswith(_BY_HEAD.get(use.module_name, ())):
+        return None
+    heads = 3 * _size(use.parent, "num_attention_heads", "num_heads", "n_head")
+    width = _size(use.parent, *_HEAD_WIDTHS) or (outputs // heads if heads and outputs % heads == 0 else 0)
+    return outputs // width if width and outputs % width == 0 and outputs > width else None
+
+
+def _state_space(use: _Use, outputs: int) -> int | tuple[int, ...] | None:
+    """The projections of Mamba and Mamba 2, by the sizes that their mixers know."""
+    mixer = use.parent
+    inner, state = _size(mixer, "intermediate_size", "d_inner"), _size(mixer, "ssm_state_size", "d_state")
+    shared = _size(mixer, "n_groups", "ngroups") * state
+    steps, heads = _size(mixer, "time_step_rank", "dt_rank"), _size(mixer, "num_heads", "nheads")
+    known = {"x_proj": [(steps, state, state)], "in_proj": [(inner, inner, shared, shared, heads)]}
+    if hasattr(mixer, "x_proj"):  # Zamba's mixer has none, and there the rows of the two halves take turns
+        known["in_proj"] = [(inner, inner)]
+    for sizes in known.get(use.module_name, ()):
+        if all(sizes) and sum(sizes) == outputs:
+            return len(sizes) if len(set(sizes)) == 1 else sizes
+    return None
+
+
+def _size(module: nn.Module | None, *names: str) -> int:
+    """The first of these attributes that is a positive integer; 0 where there is none."""
+    values = (getattr(module, name, None) for name in names)
+    return next((value for value in values if type(value) is int and value > 0), 0)
 
 
 def _unknown(use: _Use) -> Keys:

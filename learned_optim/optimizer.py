@@ -15,11 +15,12 @@ from learned_optim.diagnostics import figures_by_parameter, summary_of
 from learned_optim.engine.auto import make_backend
 from learned_optim.engine.collect import Collector, StateKeys, check_added
 from learned_optim.engine.graph import CudaCapture, StepGraph
-from learned_optim.engine.hyperparameters import checked_new_group, hyperparameters
+from learned_optim.engine.head import StepReport
+from learned_optim.engine.hyperparameters import check_flags, checked_new_group, hyperparameters
 from learned_optim.engine.kinds import KIND_KEYS
+from learned_optim.engine.offload import Offload
 from learned_optim.engine.sharding import find_shards
 from learned_optim.engine.state_checks import STATE_DTYPES
-from learned_optim.engine.step import StepReport
 from learned_optim.policy.policy import Policy, as_policy
 from learned_optim.rule.cells import CELLS
 from learned_optim.state_dict import AsSaved, checked, groups_of_adamw, restored, state_of_adamw, without_pieces_of_fsdp
@@ -77,12 +78,12 @@ class LearnedOptimizer(Optimizer):
             promises that it falls; it costs one number per tensor and a quarter of the speed: ``docs/safeguard.md``.
         skip_nonfinite: a tensor whose gradient holds a NaN or an infinity is left out of the step: parameter, state
             and step count stay as they are, to the last bit. :meth:`diagnostics` says so and counts (``skipped``).
-            Off by default, as in torch, where such a gradient makes the parameter NaN: what is broken is then seen at
-            once, and on a GPU each step would wait to hear whether anything is. All processes decide alike about a
-            DTensor that is spread over them. Clipping by the norm of all gradients spreads one NaN to all of them.
+            Off by default, as in torch, where such a gradient makes the parameter NaN: ``docs/trouble.md``.
         capturable: keeps step counts on the GPU, and reads an ``lr`` that is a tensor there, so that you can capture
             :meth:`step` in a ``torch.cuda.graph`` of your own, after a step or two without. ``False``: on a GPU the
             optimizer captures its step by itself, unless ``backend="eager"``; :attr:`backend` says so, or why not.
+        offload: keeps m, v and h in pinned memory of the host, and copies them to the GPU and back in each step, a
+            chunk at a time while it computes another (``docs/resume.md``). Without effect on CPUs.
 
     Raises:
         ValueError: an argument out of range, or an unknown policy or backend.
@@ -120,20 +121,16 @@ class LearnedOptimizer(Optimizer):
         safeguard: bool = False,
         skip_nonfinite: bool = False,
         capturable: bool = False,
+        offload: bool = False,
     ) -> None:
         if state_dtype is not None and state_dtype not in STATE_DTYPES:
             raise ValueError(f"Invalid state_dtype: {state_dtype!r}; choose one of {STATE_DTYPES} or None")
-        flags = {"safeguard": safeguard, "skip_nonfinite": skip_nonfinite, "capturable": capturable}
-        for option, value in flags.items():
-            if not isinstance(value, bool):
-                raise TypeError(f"Invalid {option}: {value!r}; expected True or False")
-        if skip_nonfinite and capturable:
-            raise ValueError("skip_nonfinite=True waits to hear of every gradient, which capturable=True rules out")
+        check_flags(safeguard=safeguard, skip_nonfinite=skip_nonfinite, capturable=capturable, offload=offload)
         self.policy = as_policy(policy, revision)
         if safeguard and not CELLS[self.policy.config.cell].is_mixture:
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
-        self.safeguard, self.skip_nonfinite, self.capturable = safeguard, skip_nonfinite, capturable
-        self.state_dtype = state_dtype
+        self.safeguard, self.skip_nonfinite = safeguard, skip_nonfinite
+        self.capturable, self.offload, self.state_dtype = capturable, offload, state_dtype
         self._backend_name = backend
         self._make_engine()
         defaults: dict[str, Any] = {
@@ -287,8 +284,9 @@ class LearnedOptimizer(Optimizer):
     def _make_engine(self) -> None:
         self._backend = make_backend(self._backend_name, self.policy.config, self.policy.weights())
         options = self.state_dtype, self.safeguard, self.skip_nonfinite, self.capturable
-        self._keys = StateKeys.of(self.policy.config, *options)
-        self._graph = StepGraph(CudaCapture(), self.capturable, own=self._backend_name != "eager")
+        offload = Offload() if self.offload else None
+        self._keys = StateKeys.of(self.policy.config, *options, host=offload and offload.host)
+        self._graph = StepGraph(CudaCapture(), self.capturable, own=self._backend_name != "eager", offload=offload)
         self._forget()
 
     def _forget(self) -> None:
@@ -298,7 +296,7 @@ class LearnedOptimizer(Optimizer):
         self._report = StepReport()  # of the last step
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "state_dtype", "safeguard", "skip_nonfinite", "capturable", "_backend_name")
+        own = ("policy", "state_dtype", "safeguard", "skip_nonfinite", "capturable", "offload", "_backend_name")
         return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

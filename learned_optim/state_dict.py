@@ -111,8 +111,9 @@ def restored(keys: StateKeys, p: Any, key: str, value: Any) -> Any:
         return torch.as_tensor(value, dtype=torch.float32).detach().to(keys.device_of_step(p), copy=True)
     if not isinstance(value, Tensor) or not isinstance(p, Tensor):
         return value
-    dtype = keys.dtype_of(p, key) if key in keys.coordinate else value.dtype
-    return value.detach().to(device=p.device, dtype=dtype, copy=True)
+    if key not in keys.coordinate:
+        return value.detach().to(device=p.device, copy=True)
+    return keys.where_it_lies(p, value.detach().to(device=p.device, dtype=keys.dtype_of(p, key), copy=True))
 
 
 #: Options of AdamW that say how it is run, and its betas and eps: the rule has its own.

@@ -18,7 +18,8 @@ set_hypothesis_home_dir(Path(tempfile.gettempdir()) / "learned-optim-hypothesis"
 hypothesis.settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=20)
 hypothesis.settings.load_profile("tests")
 torch.set_num_threads(1)
-os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels of GPUs run here
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before Triton is imported: kernels of GPUs run here
 if "XDG_CACHE_HOME" not in os.environ:
     cache = Path(tempfile.gettempdir()) / f"learned-optim-tests-{os.getuid()}"
     cache.mkdir(mode=0o700, exist_ok=True)

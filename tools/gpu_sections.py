@@ -1,4 +1,4 @@
-"""Sections of ``measure_gpu.py``: the graph against steps without, and training steps of GPTs in bfloat16."""
+"""Sections of ``measure_gpu.py``: the graph against steps without, state on the host, training steps of GPTs."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from learned_optim import LearnedOptimizer, Policy
 from learned_optim.bench import step as bench
 from learned_optim.bench.ablations import variant
 from learned_optim.engine import gpu_kernels, packing, products
+from learned_optim.engine import offload as offloading
 from learned_optim.engine.graph import MOVES, WARM_UP, CudaCapture, StepGraph
 
 Make = Callable[[list[Tensor]], Any]
@@ -283,6 +284,31 @@ def _peak(run: Run, optimizer: Any) -> int:
         optimizer.step()
     run.wait()
     return torch.cuda.max_memory_allocated() - before - bench._state_bytes(optimizer)
+
+
+def offloaded(run: Run) -> dict[str, Any]:
+    """State on the host: ms and memory of a step of GPT-2's tensors, and whether small chunks change any bits."""
+    figures: dict[str, Any] = {}
+    ends: list[list[Tensor]] = []
+    for offload, chunk in ((False, offloading.LENT), (True, offloading.LENT), (True, offloading.LENT >> 4)):
+        as_it_is, offloading.LENT = offloading.LENT, chunk
+        try:
+            optimizer, params = bench._prepared(
+                run.shapes2(), lambda ps, offload=offload: LearnedOptimizer(ps, offload=offload), run.device
+            )
+            peak = _peak(run, optimizer) + (0 if offload else bench._state_bytes(optimizer))
+            seconds = [bench._timed(optimizer.step, run.device) for _ in range(run.repeats)]
+            row = {"ms": statistics.median(seconds) * 1e3, "MB with the state": peak / 1e6, "ran": optimizer.backend}
+            figures[f"chunks of {chunk}" if offload else "on the device"] = row
+            ends.append([p.detach().cpu() for p in params])
+            del optimizer, params
+        finally:
+            offloading.LENT = as_it_is
+    for end, what in zip(ends[1:], ("as it is", "in small chunks"), strict=True):
+        figures[f"offloaded {what} - on the device"] = max(
+            float((a - b).abs().max()) for a, b in zip(end, ends[0], strict=True)
+        )
+    return figures
 
 
 def _without_decay(params: list[Tensor]) -> LearnedOptimizer:

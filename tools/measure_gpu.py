@@ -95,7 +95,7 @@ def agreement(run: Run) -> dict[str, Any]:
     """Largest differences of parameters after 10 steps, whose updates add up to some 0.01."""
     figures: dict[str, Any] = {}
     options = [(torch.float32, {}), (torch.bfloat16, {}), (torch.float16, {}), (torch.float32, {"safeguard": True}),
-               (torch.float32, {"state_dtype": torch.bfloat16})]  # fmt: skip
+               (torch.float32, {"state_dtype": torch.bfloat16}), (torch.float32, {"offload": True})]  # fmt: skip
     for dtype, more in options:
         ends: dict[str, list[Tensor]] = {}
         for way, backend in WAYS.items():
@@ -241,18 +241,19 @@ def sections(run: Run) -> dict[str, Callable[[Run], Any]]:
     for number, size in reversed(list(enumerate(run.sizes))):
         by_title[f"steps, one tensor of {size:,}"] = _case(lambda run, n=number: [bench._matrix(run.sizes[n])])
     last = {"memory": memory, "limits": gpu_sections.limits, "two-byte directions": gpu_sections.two_bytes}
-    last["agreement"] = agreement
+    last |= {"offload": gpu_sections.offloaded, "agreement": agreement}
     return {**by_title, **last, "first step": first_step}
 
 
 #: What the page says before its figures; what nobody has measured is said in place of them.
 ABOUT = Path(__file__).with_name("gpu_about.md").read_text(encoding="utf-8")
-UNMEASURED = """**Not measured yet:** the kernels, the graph, `capturable=True`, padded batches and two-byte
-directions. The two passes over memory are Triton kernels that are generated from the rule, each launched once for all
-parameters of a dtype (`learned_optim/engine/gpu.py`). The tests run them in Triton's interpreter, and compile them for
-an H100: loads and stores of 16 bytes, 80 and 94 registers, none spilt. They read and write 56 bytes per parameter in
-float32, fused AdamW 28. What follows is from before there were any of these: other kernels, for one tensor or a packed
-row of them, launched from the host one operation at a time.
+UNMEASURED = """**Not measured yet:** the kernels, the graph, `capturable=True`, `offload=True`, padded batches and
+two-byte directions. The two passes over memory are Triton kernels that are generated from the rule, each launched once
+for all parameters of a dtype, and once more for every 16 million coordinates of matrices
+(`learned_optim/engine/gpu.py`). The tests run them in Triton's interpreter, and compile them for an H100: loads and
+stores of 16 bytes, 80 and 94 registers, none spilt. They read and write 56 bytes per parameter in float32, fused AdamW
+28. What follows is from before there were any of these: other kernels, for one tensor or a packed row of them, launched
+from the host one operation at a time.
 """
 
 

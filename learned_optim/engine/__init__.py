@@ -10,6 +10,7 @@ gpu.py              Triton kernels, on GPUs; gpu_kernels.py makes them of the ru
 traced.py           the rule's passes for one coordinate, as statements: what C++ and Triton kernels share
 kernels.py          the compilers, and the tensor head as torch.compile makes it, for GPUs
 graph.py            the whole step as one CUDA graph; device_scalars.py: the numbers that change with every step
+offload.py          state on the host, lent to a GPU for the time of a step
 products.py         matrix products as GPUs like them
 packing.py          small tensors side by side in one vector
 kinds.py            what a group says its tensors are: stacks, packed matrices, roles

@@ -15,6 +15,7 @@ from torch import Tensor
 from learned_optim.engine.device_scalars import contexts_on_gpu
 from learned_optim.engine.hyperparameters import StepContext, of_groups, on_host
 from learned_optim.engine.kinds import Part, TensorKind, kinds_of
+from learned_optim.engine.offload import Host
 from learned_optim.engine.param_state import (
     GUARDED_TENSOR_KEYS,
     SKIPPED,
@@ -24,6 +25,7 @@ from learned_optim.engine.param_state import (
     arithmetic_dtype,
     uncount,
 )
+from learned_optim.engine.sharding import is_dtensor
 from learned_optim.engine.state_checks import Named, StateMismatch, check_apart, check_fits, check_param, check_sparse
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import indices_by
@@ -43,6 +45,7 @@ class StateKeys(NamedTuple):
     state_dtype: torch.dtype | None  #: see :class:`learned_optim.LearnedOptimizer`
     counts_skipped: bool
     on_gpu: bool = False  #: step counts too: see ``capturable``
+    host: Host | None = None  #: keeps state tensors: see ``offload``
 
     @classmethod
     def of(
@@ -52,10 +55,11 @@ class StateKeys(NamedTuple):
         safeguard: bool,
         counts_skipped: bool,
         capturable: bool = False,
+        host: Host | None = None,
     ) -> StateKeys:
         coordinate = ("exp_avg", "exp_avg_sq", *(f"hidden_{j}" for j in range(config.hidden_size)))
         tensor = GUARDED_TENSOR_KEYS if safeguard else TENSOR_KEYS
-        return cls(coordinate, tensor, state_dtype, counts_skipped, capturable)
+        return cls(coordinate, tensor, state_dtype, counts_skipped, capturable, host)
 
     def dtype_of(self, p: Tensor, key: str) -> torch.dtype:
         """Of a state tensor of a parameter."""
@@ -66,6 +70,15 @@ class StateKeys(NamedTuple):
         if p.is_complex():
             return torch.promote_types(real, torch.float32).to_complex()
         return real
+
+    def is_offloaded(self, p: Tensor) -> bool:
+        return self.host is not None and self.host.serves(p.device)
+
+    def where_it_lies(self, p: Tensor, tensor: Tensor) -> Tensor:
+        """A state tensor of a parameter, moved to the host where it is kept there."""
+        if self.host is None or not self.host.serves(p.device) or is_dtensor(p):
+            return tensor
+        return self.host.keep(tensor)
 
     def device_of_step(self, p: Tensor) -> torch.device:
         return p.device if self.on_gpu else torch.device("cpu")
@@ -82,7 +95,7 @@ class StateKeys(NamedTuple):
         if not state:
             new["step"] = torch.zeros(numbers, dtype=torch.float32, device=self.device_of_step(p))
             for key in self.coordinate:
-                new[key] = torch.zeros_like(p, dtype=self.dtype_of(p, key))
+                new[key] = self.where_it_lies(p, torch.zeros_like(p, dtype=self.dtype_of(p, key)))
         for key in self.tensor if not state else {"trust"}.intersection(self.tensor).difference(state):
             new[key] = torch.zeros(numbers, dtype=arithmetic_dtype(p.dtype.to_real()), device=p.device)
         if self.counts_skipped and SKIPPED not in state:
@@ -223,11 +236,17 @@ class Collector:
         for place, p, kind, _, _ in new:
             name, parts = name_of(groups, place), parts_of(groups, place, kind, p)
             numbers = kind.numbers(p)
+            offloaded = self.keys.is_offloaded(p)
+            if offloaded and is_dtensor(p):
+                raise RuntimeError(
+                    f"parameter {name!r} is a DTensor, whose state offload=True cannot keep on the host. Nothing was "
+                    "changed. FSDP2 keeps parameters and state there with CPUOffloadPolicy; or leave offload=True out"
+                )
             if p not in complete:  # one that is given twice
                 state = states.get(p) or {}
                 complete[p] = {**state, **self.keys.missing(p, state, numbers)}
             if states.get(p):
-                check_fits(name, p, complete[p], self.keys.coordinate, self.keys.tensor, numbers)
+                check_fits(name, p, complete[p], self.keys.coordinate, self.keys.tensor, numbers, offloaded)
             made[place] = [
                 Named(
                     f"{name}[{k}]" if kind.is_packed else name,

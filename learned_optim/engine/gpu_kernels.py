@@ -4,8 +4,8 @@ They are generated from the rule (:mod:`learned_optim.engine.traced`). Tensors a
 the GPU and are cut into pieces, one for each program of a launch. A tensor's bits depend on that tensor alone, not on
 those beside it.
 
-    table         [K, 3 + T] int64  numel, row of the scalars, offset of the direction (or -1), T addresses, all 16-byte
-                                    aligned or not: parameter, gradient, state
+    table         [K, 3 + T] int64  numel, row of the scalars, offset of the direction (or less than 0), T addresses
+                                    (all 16-byte aligned, or not): parameter, gradient, state
     pieces        [N, 2] int64      tensor, first coordinate
     scalars       [R, 8]            see :class:`StepScalars`
     sums          [7, N]            of the pieces, see :class:`TensorSums`
@@ -27,7 +27,7 @@ from torch import Tensor
 from learned_optim.engine.codegen import triton
 from learned_optim.engine.kernels import CompilationError
 from learned_optim.engine.param_state import arithmetic_dtype
-from learned_optim.engine.traced import MEASURED, SCALARS, Passes, coefficient_count, passes, weight_count
+from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, Passes, coefficient_count, passes, weight_count
 from learned_optim.rule.config import PolicyConfig
 
 #: Coordinates of a piece, and of the blocks that a program takes one after the other: a thread then has 4 in registers.
@@ -86,6 +86,7 @@ def apply(
 class Kind(NamedTuple):
     """What kernels are specialised to."""
 
+    device: torch.device  #: one of several GPUs
     config: PolicyConfig
     dtypes: tuple[torch.dtype, ...]  #: parameter, gradient, state tensors
     directions: torch.dtype
@@ -112,7 +113,9 @@ def _made(kind: Kind) -> Kernels | CompilationError:
         from torch._inductor.codecache import PyCodeCache
 
         module: Any = PyCodeCache.load(source(kind))
-        return Kernels(*(_launcher(kernel) for kernel in (module.measure, module.apply)))
+        made = Kernels(*(_launcher(kernel) for kernel in (module.measure, module.apply)))
+        _try_out(kind, made)
+        return made
     except Exception as error:  # Triton, a driver or a disk may fail in any way: the eager backend is there
         first_line = (str(error).strip().splitlines() or [""])[0]
         failure = CompilationError(f"{type(error).__name__}: {first_line}")
@@ -121,7 +124,7 @@ def _made(kind: Kind) -> Kernels | CompilationError:
 
 
 def kernels(kind: Kind) -> Kernels:
-    """The kernels for tensors of this kind; Triton compiles each at its first launch, once per machine.
+    """The kernels for tensors of this kind, compiled on the first call in a process, or loaded from Triton's cache.
 
     Raises:
         CompilationError: whatever went wrong; it is not tried again in this process.
@@ -135,11 +138,27 @@ def kernels(kind: Kind) -> Kernels:
 def _launcher(kernel: Any) -> Callable[..., None]:
     def launch(table: Tensor, pieces: Tensor, *rest: Tensor, aligned: bool) -> None:
         # What the compiler may contract is said, since Triton's default is going to change.
-        kernel[(len(pieces),)](
-            table, pieces, *rest, PIECE=PIECE, BLOCK=BLOCK, ALIGNED=aligned, num_warps=WARPS, enable_fp_fusion=True
-        )
+        options = {"PIECE": PIECE, "BLOCK": BLOCK, "ALIGNED": aligned, "num_warps": WARPS, "enable_fp_fusion": True}
+        with torch.cuda.device_of(table):
+            kernel[(len(pieces),)](table, pieces, *rest, **options)
 
     return launch
+
+
+def _try_out(kind: Kind, made: Kernels) -> None:
+    """Launch both kernels in both variants: Triton compiles there, which may fail, and cannot while a graph records."""
+    device, arithmetic = kind.device, kind.arithmetic
+    tensors = [torch.zeros(1, dtype=dtype, device=device) for dtype in kind.dtypes]
+    table = torch.tensor([[1, 0, -1, *(t.data_ptr() for t in tensors)]], dtype=torch.int64, device="cpu").to(device)
+    pieces = torch.zeros(1, 2, dtype=torch.int64, device=device)
+    scalars = torch.ones(1, SCALARS, dtype=arithmetic, device=device)
+    sums, coefficients, weights = (
+        scalars.new_ones(n) for n in (SUMS, coefficient_count(kind.config), weight_count(kind.config))
+    )
+    directions = torch.zeros(1, dtype=kind.directions, device=device)
+    for aligned in (True, False):
+        made.measure(table, pieces, scalars, sums, aligned=aligned)
+        made.apply(table, pieces, scalars, coefficients, weights, directions, aligned=aligned)
 
 
 def source(kind: Kind) -> str:

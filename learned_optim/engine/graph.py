@@ -31,11 +31,13 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.device_scalars import DeviceRows
+from learned_optim.engine.head import StepReport
 from learned_optim.engine.hyperparameters import StepContext
+from learned_optim.engine.offload import Offload
 from learned_optim.engine.packing import copy_all
-from learned_optim.engine.param_state import Format, ParamIndex, ParamState
+from learned_optim.engine.param_state import Format, ParamIndex, ParamState, have_changed
 from learned_optim.engine.sharding import Shards
-from learned_optim.engine.step import Backend, StepReport, run_step
+from learned_optim.engine.step import Backend, run_step
 
 #: Steps that run as they are before one is captured: all that is compiled, cached or allocated once is made in them.
 WARM_UP = 3
@@ -113,9 +115,14 @@ class StepGraph:
         capture: records.
         capturable: step counts lie on the device, so that the user can capture; then there is no graph of its own.
         own: whether there is one otherwise.
+        offload: lends state that lies on the host; then there is no graph.
     """
 
-    def __init__(self, capture: Capture, capturable: bool = False, own: bool = True) -> None:
+    def __init__(
+        self, capture: Capture, capturable: bool = False, own: bool = True, offload: Offload | None = None
+    ) -> None:
+        self._offload = offload
+        self._run_step = run_step if offload is None else offload.run
         self._capture, self._capturable, self._own = capture, capturable, own
         self._obstacle = ""
         self._failure = ""
@@ -145,11 +152,11 @@ class StepGraph:
         capture = self._capture
         device = params[0].param.device if params else None
         if device is None or not self._own or not capture.works_on(device):
-            return run_step(backend, params, shards, skip_nonfinite)
+            return self._run_step(backend, params, shards, skip_nonfinite)
         self._obstacle = self._obstacles(params, shards, skip_nonfinite)
         if self._obstacle or self._failure:
             self.forget()
-            return run_step(backend, params, shards, skip_nonfinite)
+            return self._run_step(backend, params, shards, skip_nonfinite)
         contexts = self._write_rows(params, device)
         if self._captured is None and self._seen < WARM_UP:
             self._seen += 1
@@ -167,6 +174,7 @@ class StepGraph:
             return _as_on_host(run_step(backend, params, ()), contexts)
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             captured.replay()
+        have_changed(params)
         return _as_on_host(captured.report, contexts)
 
     def check(self, groups: Iterable[Mapping[str, Any]], states: Mapping[Tensor, Any]) -> None:
@@ -192,6 +200,8 @@ class StepGraph:
         """Why there can be no graph, or nothing."""
         if self._capturable:
             return "capturable=True leaves capturing to you"
+        if self._offload is not None:
+            return "offload=True copies state to and fro"
         if shards:
             return "sharded parameters"
         if skip_nonfinite:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
 
@@ -48,6 +49,24 @@ class StepRecord(NamedTuple):
         state = TensorState(*[nan] * len(params[0].tensor_state))
         contexts = [p.context for p in params]
         return cls([p.param_index for p in params], contexts, nan, sums, nan.expand(rows, -1), state, left_out=True)
+
+
+@dataclass
+class StepReport:
+    """What a step leaves behind for diagnostics."""
+
+    records: list[StepRecord] = field(default_factory=list)
+    length_factors: list[LengthFactors] = field(default_factory=list)  #: of what was orthogonalised
+    left_out: list[ParamState] = field(default_factory=list)  #: because of gradients that are not finite
+    names: Mapping[ParamIndex, str] = field(default_factory=dict)  #: of the parameters
+    skipped: Mapping[ParamIndex, Tensor] = field(default_factory=dict)  #: how many steps were, of each
+
+    def add(self, other: StepReport) -> None:
+        """What the same step leaves behind of other parameters."""
+        self.records += other.records
+        self.length_factors += other.length_factors
+        self.left_out += other.left_out
+        self.skipped = {**self.skipped, **other.skipped}
 
 
 HeadPass = Callable[[list[ParamState], TensorSums], tuple[Tensor, list[StepRecord]]]

@@ -46,6 +46,21 @@ def hyperparameters(group: Mapping[str, Any], read: bool = True) -> Hyperparamet
     return _looked_at_closely(group, read)
 
 
+def check_flags(**flags: Any) -> None:
+    """Check arguments of the optimizer that are on or off.
+
+    Raises:
+        TypeError, ValueError: one is neither, or two do not go together.
+    """
+    for option, value in flags.items():
+        if not isinstance(value, bool):
+            raise TypeError(f"Invalid {option}: {value!r}; expected True or False")
+    if flags["skip_nonfinite"] and flags["capturable"]:
+        raise ValueError("skip_nonfinite=True waits to hear of every gradient, which capturable=True rules out")
+    if flags["offload"] and flags["capturable"]:
+        raise ValueError("offload=True copies state from and to the host in each step, which capturable=True rules out")
+
+
 def of_groups(groups: Iterable[Mapping[str, Any]], read: bool = True) -> list[Hyperparameters]:
     """:func:`hyperparameters` of each; errors say of which."""
     return each_group(lambda group: hyperparameters(group, read), groups)

@@ -68,18 +68,16 @@ def to_device(values: Sequence, dtype: torch.dtype, device: torch.device) -> Ten
 
 
 class Packing:
-    """Vectors side by side in one, each followed by zeros up to a multiple of ``align``, the last by some more.
+    """Vectors side by side in one, each followed by zeros up to a multiple of ``align``.
 
     Args:
         sizes: of the vectors, 1 or more.
         align: see above.
         device: where they are.
-        spare: further zeros at the end.
     """
 
-    def __init__(self, sizes: Sequence[int], align: int, device: torch.device, spare: int = 0) -> None:
+    def __init__(self, sizes: Sequence[int], align: int, device: torch.device) -> None:
         self._gaps = [-size % align for size in sizes]
-        self._gaps[-1] += spare
         self.total = sum(sizes) + sum(self._gaps)
         self._pieces = Pieces(sizes, self._gaps)
         self._device = device
@@ -107,5 +105,5 @@ class Packing:
 
 
 @lru_cache(maxsize=256)
-def packing(sizes: tuple[int, ...], align: int, device: torch.device, spare: int = 0) -> Packing:
-    return Packing(sizes, align, device, spare)
+def packing(sizes: tuple[int, ...], align: int, device: torch.device) -> Packing:
+    return Packing(sizes, align, device)

@@ -176,10 +176,24 @@ class ParamState:
         index, values = grad.indices()[0], grad.values()
         some = copy.copy(self)
         some.role = "embedding"
-        some.param, *state = (t.detach().index_select(0, index) for t in (self.param, *self.state_tensors))
+        some.param = self.param.detach().index_select(0, index)
+        # State may lie on the host.
+        state = [t.index_select(0, index.to(t.device)).to(index.device) for t in self.state_tensors]
         some.state_tensors, some.numel, some.rows = tuple(state), some.param.numel(), (self, index)
         some.grad = -values if maximize else values
         some.format = format_of(self.format.device, self.format.param, values.dtype, self.format.state)
+        some.cached_views = None
+        return some
+
+    @property
+    def state_on_host(self) -> list[Tensor]:
+        """The state tensors of the parameter that are here, where they lie between steps."""
+        return self._here[1:]
+
+    def with_state(self, tensors: Sequence[Tensor]) -> ParamState:
+        """The same for the time of a step with its state elsewhere, in tensors like :attr:`state_on_host`."""
+        some = copy.copy(self)
+        some.state_tensors = tuple(self._piece(_real(t) if self.complex else t) for t in tensors)
         some.cached_views = None
         return some
 
@@ -216,7 +230,7 @@ class ParamState:
             for target, rows in zip(
                 (whole.param, *whole.state_tensors), (self.param, *self.state_tensors), strict=True
             ):
-                target.detach().index_copy_(0, index, rows)
+                target.detach().index_copy_(0, index.to(target.device), rows.to(target.device))
         self.grad = self.param
         if self.cached_views is not None:
             self.cached_views.release_grad()
@@ -257,20 +271,17 @@ class FlatViews:
     """
 
     def __init__(self, param: ParamState, in_order: bool = False) -> None:
-        # Views of a leaf begin to require gradients once it has been changed, and kernels would be compiled again.
+        # Views of a leaf begin to require gradients once it has been changed.
         self.originals = originals = (param.param.detach(), param.grad, *param.state_tensors)
         contiguous = all(t.is_contiguous() for t in originals)
-        self.copied = not (contiguous or (not in_order and _share_order(originals)))
-        self.tensors = tuple(t.contiguous() for t in originals) if self.copied else originals
+        in_place = contiguous or (not in_order and _share_order(originals))
+        self.copied = not in_place or param.grad.is_neg()  # autograd's imaginary part of a conjugate
+        self.tensors = tuple(t.resolve_neg().contiguous() for t in originals) if self.copied else originals
 
     @property
     def vectors(self) -> list[Tensor]:
         """[n] each."""
-        return self.piece(0, self.originals[0].numel())
-
-    def piece(self, start: int, *shape: int) -> list[Tensor]:
-        """The coordinates from ``start`` on, in one or two dimensions."""
-        return [piece_of(t, start, *shape) for t in self.tensors]
+        return [t.as_strided((t.numel(),), (1,), t.storage_offset()) for t in self.tensors]
 
     def write_back(self) -> None:
         """Must follow the last change of the vectors."""
@@ -278,12 +289,6 @@ class FlatViews:
             for i, (copy, original) in enumerate(zip(self.tensors, self.originals, strict=True)):
                 if i != 1 and copy is not original:  # all but the gradient
                     original.copy_(copy)
-
-
-def piece_of(tensor: Tensor, start: int, *shape: int) -> Tensor:
-    """Coordinates of a dense tensor in the order of its memory, from ``start`` on, in one or two dimensions."""
-    stride = (shape[1], 1) if len(shape) == 2 else (1,)
-    return tensor.as_strided(shape, stride, tensor.storage_offset() + start)
 
 
 def _share_order(tensors: tuple[Tensor, ...]) -> bool:

@@ -31,6 +31,7 @@ def check_fits(
     coordinate_keys: Sequence[str],
     tensor_keys: Sequence[str],
     numbers: Sequence[int] = (),
+    offloaded: bool = False,
 ) -> None:
     """Check the state of one parameter.
 
@@ -41,6 +42,7 @@ def check_fits(
         coordinate_keys: of the tensors in it that have the parameter's shape.
         tensor_keys: of the per-tensor state in it.
         numbers: shape of the per-tensor state: of a parameter that holds several tensors, how many.
+        offloaded: state tensors lie on the host, wherever the parameter does.
 
     Raises:
         StateMismatch: something is missing, or of another shape, dtype, device or placement.
@@ -50,7 +52,7 @@ def check_fits(
         raise _mismatch(name, f"{missing} are missing")
     for key in coordinate_keys:
         value = state[key]
-        if found := _kind(value, p) or _shape(value, p.shape) or _memory(value):
+        if found := _kind(value, p, offloaded) or _shape(value, p.shape) or _memory(value):
             raise _mismatch(name, f"{key} {found}, the parameter {_described(p)}")
     for key in tensor_keys:
         value = state[key]
@@ -70,7 +72,7 @@ def _expected(numbers: Sequence[int]) -> str:
     return f"expected shape {tuple(numbers)}: a number for each tensor that stacked and split of its group say it holds"
 
 
-def _kind(value: Any, p: Tensor | None) -> str:
+def _kind(value: Any, p: Tensor | None, offloaded: bool = False) -> str:
     """What is wrong with type, dtype and place of a state tensor, or nothing."""
     if not isinstance(value, Tensor):
         return f"is a {type(value).__name__}"
@@ -78,7 +80,9 @@ def _kind(value: Any, p: Tensor | None) -> str:
         return f"is of {value.dtype}"
     if p is None:
         return ""
-    if value.device != p.device:
+    if offloaded and value.device.type != "cpu":
+        return f"lies on {value.device}, where offload=True keeps it on the host"
+    if not offloaded and value.device != p.device:
         return f"lies on {value.device}"
     if is_dtensor(value) != is_dtensor(p):
         return "is sharded (a DTensor)" if is_dtensor(value) else "is whole (no DTensor)"

@@ -12,8 +12,7 @@ of several processes, add up between the first two.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
 from typing import Any, NamedTuple, Protocol
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.cut_matrices import Matrix, orthogonalize_cut
-from learned_optim.engine.head import LengthFactors, StepRecord, TensorHead
+from learned_optim.engine.head import LengthFactors, StepRecord, StepReport, TensorHead
 from learned_optim.engine.packing import COPIED, bins, copy_all, limit, stacked_tensors, to_device
 from learned_optim.engine.param_state import ParamIndex, ParamState, uncount
 from learned_optim.engine.products import gram as gram_of
@@ -57,9 +56,8 @@ class Bucket(Protocol):
         """Write the new state, given the stacked coefficients [C, len(params)].
 
         Returns:
-            Of matrices that are orthogonalised the directions, [numel] each in the order of the indices and in the
-            dtype of the arithmetic; these parameters are left as they are. Of others, which have moved, ``None``; or
-            nothing at all, where a bucket has no such matrices.
+            Directions of matrices that are orthogonalised, [numel] each in the order of the indices; these parameters
+            stay where they are. ``None`` for others, which have moved. Nothing where there are no such matrices.
         """
         ...
 
@@ -89,17 +87,6 @@ class Backend(Protocol):
         Buckets are made one by one, as they are wanted. The same parameters give the same buckets again.
         """
         ...
-
-
-@dataclass
-class StepReport:
-    """What a step leaves behind for diagnostics."""
-
-    records: list[StepRecord] = field(default_factory=list)
-    length_factors: list[LengthFactors] = field(default_factory=list)  #: of what was orthogonalised
-    left_out: list[ParamState] = field(default_factory=list)  #: because of gradients that are not finite
-    names: Mapping[ParamIndex, str] = field(default_factory=dict)  #: of the parameters
-    skipped: Mapping[ParamIndex, Tensor] = field(default_factory=dict)  #: how many steps were, of each
 
 
 def run_step(

@@ -9,6 +9,7 @@ import torch
 
 from helpers.param_groups import taken
 from learned_optim import LearnedOptimizer, param_groups
+from learned_optim.engine.kinds import TensorKind
 
 transformers = pytest.importorskip("transformers")
 
@@ -60,7 +61,56 @@ MODELS = {
     ),
     "MambaForCausalLM": (
         {**TEXT, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4},
-        {"*embeddings*": EMBEDDING, "*norm*": VECTOR, "*conv1d.weight": CONV, "*.weight": MATRIX},
+        {
+            "*embeddings*": EMBEDDING, "*norm*": VECTOR, "*conv1d.weight": CONV,
+            "*.in_proj.weight": "matrix split=2", "*.x_proj.weight": "matrix split=(1, 4, 4)", "*.weight": MATRIX,
+        },
+    ),
+    "Mamba2ForCausalLM": (
+        {**TEXT, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4, "num_heads": 4, "head_dim": 8,
+         "n_groups": 2},
+        {
+            "*embeddings*": EMBEDDING, "*norm*": VECTOR, "*conv1d.weight": CONV, "lm_head.*": HEAD,
+            "*.in_proj.weight": "matrix split=(32, 32, 8, 8, 4)", "*.weight": MATRIX,
+        },
+    ),
+    "GPTNeoXForCausalLM": (
+        {**SMALL, **TEXT, "tie_word_embeddings": False},
+        {
+            "*embed_in*": EMBEDDING, "lm_head.*": HEAD, "*norm*": VECTOR,
+            "*.query_key_value.weight": "matrix split=6", "*.query_key_value.bias": "vector split=6 -",
+            "*.weight": MATRIX,
+        },
+    ),
+    "BloomForCausalLM": (
+        {**TEXT, "hidden_size": 16, "n_layer": 1, "n_head": 2},
+        {
+            "*embeddings.weight": EMBEDDING, "*norm*": VECTOR, "*.ln_f.*": VECTOR,
+            "*.query_key_value.weight": "matrix split=6", "*.query_key_value.bias": "vector split=6 -",
+            "*.weight": MATRIX,
+        },
+    ),
+    "FalconForCausalLM": (  # four heads that share two keys and two values
+        {**TEXT, "hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 4, "num_kv_heads": 2,
+         "new_decoder_architecture": True},
+        {
+            "*embeddings*": EMBEDDING, "*.ln_*": VECTOR, "*.query_key_value.weight": "matrix split=8",
+            "*.weight": MATRIX,
+        },
+    ),
+    "CodeGenForCausalLM": (  # queries, values and keys of a quarter of the heads, four times
+        {**TEXT, "n_embd": 16, "n_layer": 1, "n_head": 4, "rotary_dim": 4},
+        {
+            "*.wte.*": EMBEDDING, "lm_head.weight": HEAD, "*.ln_*": VECTOR, "*.qkv_proj.weight": "matrix split=12",
+            "*.weight": MATRIX,
+        },
+    ),
+    "GPTBigCodeForCausalLM": (  # four queries, a key and a value
+        {**TEXT, "n_embd": 16, "n_layer": 1, "n_head": 4},
+        {
+            "*.wte.*": EMBEDDING, "*.wpe.*": EMBEDDING, "*.ln_*": VECTOR, "*.c_attn.weight": "matrix split=6",
+            "*.c_attn.bias": "vector split=6 -", "*.weight": MATRIX,
+        },
     ),
     "Phi3ForCausalLM": (
         {**SMALL, **TEXT, **FEW},
@@ -113,7 +163,70 @@ def test_each_tensor_is_taken_for_what_it_is(name):
     assert all(any(fnmatchcase(p, pattern) for p in table) for pattern in patterns)
 
 
-@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM", "Phi3ForCausalLM"])
+def pieces_of(model, layer):
+    """The tensors that a layer's weight and bias hold according to ``param_groups``, in order."""
+    module = model.get_submodule(layer)
+    kinds = {p: TensorKind.of(group) for group in param_groups(model) for _, p in group["params"]}
+    tensors = [p for p in (module.weight, module.bias) if p is not None]
+    return [[part.of(p.detach(), (0,) * p.ndim)[0] for part in kinds[p].parts(p)] for p in tensors]
+
+
+def changes(model, change):
+    """How far the outputs move when some pieces of the model are changed."""
+    tokens = torch.randint(3, 32, (2, 7), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = model(input_ids=tokens).logits
+        change()
+        return (model(input_ids=tokens).logits - before).abs().max() / before.abs().max()
+
+
+#: Which pieces are the queries and the keys that are multiplied with each other, all of one head or of one group.
+PAIRS = {
+    "GPTNeoXForCausalLM": ("gpt_neox.layers.0.attention.query_key_value", [([3 * h], 3 * h + 1) for h in range(2)]),
+    "BloomForCausalLM": ("transformer.h.0.self_attention.query_key_value", [([3 * h], 3 * h + 1) for h in range(2)]),
+    "FalconForCausalLM": ("transformer.h.0.self_attention.query_key_value", [([0, 1], 2), ([4, 5], 6)]),
+    "CodeGenForCausalLM": ("transformer.h.0.attn.qkv_proj", [([3 * h], 3 * h + 2) for h in range(4)]),
+    "GPTBigCodeForCausalLM": ("transformer.h.0.attn.c_attn", [([0, 1, 2, 3], 4)]),
+}
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_pieces_of_packed_projections_are_queries_and_keys(name):
+    """Queries times four and their keys over four: the model computes what it did."""
+    layer, pairs = PAIRS[name]
+    for queries, key in pairs:
+        model = built(name).eval()
+        for p in model.parameters():
+            torch.nn.init.normal_(p, std=0.5)  # attention that attends to something
+        packed = pieces_of(model, layer)
+
+        def together(packed=packed, queries=queries, key=key):
+            for pieces in packed:
+                pieces[key] /= 4.0
+                for query in queries:
+                    pieces[query] *= 4.0
+
+        def keys_alone(packed=packed, key=key):
+            for pieces in packed:
+                pieces[key] *= 4.0
+
+        assert changes(model, together) < 1e-5
+        assert changes(model, keys_alone) > 1e-3
+
+
+@pytest.mark.parametrize(("name", "gate"), [("MambaForCausalLM", 1), ("Mamba2ForCausalLM", 0)])
+@pytest.mark.parametrize("is_gate", [True, False])
+def test_pieces_of_mambas_projection_are_gate_and_input(name, gate, is_gate):
+    """A mixer is silent without its gate; without its input, the bias of its convolution still gets through."""
+    model = built(name)
+    (pieces,) = pieces_of(model, "backbone.layers.0.mixer.in_proj")
+    pieces[gate if is_gate else 1 - gate].zero_()
+    mixer = model.get_submodule("backbone.layers.0.mixer")
+    torch.nn.init.ones_(mixer.conv1d.bias)
+    assert bool(mixer(torch.randn(1, 5, 16)).count_nonzero()) is not is_gate
+
+
+@pytest.mark.parametrize("name", ["GPT2LMHeadModel", "MixtralForCausalLM", "Phi3ForCausalLM", "GPTNeoXForCausalLM"])
 def test_a_language_model_learns_with_its_groups(name):
     model = built(name)
     optimizer = LearnedOptimizer(param_groups(model), lr=3e-3, backend="eager")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -35,10 +36,8 @@ def _small_pieces(monkeypatch):
     monkeypatch.setattr(gpu, "PIECE", PIECE)
     monkeypatch.setattr(gpu_kernels, "BLOCK", BLOCK)
     gpu_kernels._made.cache_clear()
-    gpu._pieces.cache_clear()
     yield
     gpu_kernels._made.cache_clear()
-    gpu._pieces.cache_clear()
 
 
 def with_kernels(params, policy="random", **options):
@@ -194,7 +193,7 @@ def test_directions_and_copies_of_a_launch_are_bounded(monkeypatch):
     optimizer = make(leaves(*[(20, 20)] * 7, (5000,)), "orthogonal")
     optimizer._backend = backend
     seen = []
-    monkeypatch.setattr(gpu, "_GpuBucket", lambda backend, form, flats, table: seen.append(flats))
+    monkeypatch.setattr(gpu, "_GpuBucket", lambda backend, form, flats, *rest: seen.append(flats))
     give_gradients(optimizer.param_groups[0]["params"], 0)
     list(backend.buckets(optimizer._collector.collect(optimizer.param_groups, optimizer.state)))
     assert [sum(flat.copied for flat in flats) for flats in seen] == [800, 800, 800, 400]
@@ -238,15 +237,75 @@ def test_what_a_graph_reads_is_not_written_again(monkeypatch):
     before = table.holding([(1, 2)], HERE)
     monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
     assert table.holding([(1, 2)], HERE) is before  # no copy is captured where nothing has moved
-    with pytest.raises(RuntimeError, match=r"with other parameters than before\. Run a step with these"):
+    with pytest.raises(RuntimeError, match=r"captured in a CUDA graph again, or with other parameters"):
         table.holding([(7, 8)], HERE)
     table._spare = torch.empty(1, 2, dtype=torch.int64)
     moved = table.holding([(7, 8)], HERE)
-    host = table._captured[-1][0]
+    (host,) = (t for t in table._captured.values() if t is not before and t is not moved)
     monkeypatch.setattr(gpu, "is_capturing", lambda device: False)
     assert table.holding([(9, 9)], HERE).tolist() == [[9, 9]]
     assert (before.tolist(), moved.tolist(), host.tolist()) == ([[1, 2]], [[7, 8]], [[7, 8]])
     assert table._spare is None
+    table.release()
+    assert not table._captured
+
+
+def test_how_tensors_are_cut_stays_as_long_as_a_graph_that_reads_it(monkeypatch):
+    table = gpu._Table()
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: True)
+    pieces = table.pieces((3, 2 * PIECE + 1), HERE)
+    assert pieces.table.tolist() == [[0, 0], [1, 0], [1, PIECE], [1, 2 * PIECE]]
+    monkeypatch.setattr(gpu, "is_capturing", lambda device: False)
+    assert table.pieces((5,), HERE).table.tolist() == [[0, 0]]
+    assert list(table._captured.values()) == [pieces]
+    assert table.pieces((5,), HERE) is table.pieces((5,), HERE)
+
+
+def test_a_parameter_that_is_given_twice_is_moved_twice_one_after_the_other():
+    (p,), (q,) = leaves((300,)), leaves((300,))
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        twice, reference = with_kernels([p, p], lr=0.1), make([q, q], lr=0.1)
+    for params, optimizer in (([p], twice), ([q], reference)):
+        give_gradients(params, 0)
+        optimizer.step()
+    assert [len(table._rows) for table in twice._backend._tables.values()] == [1, 1]
+
+
+def test_copies_of_tensors_that_do_not_share_an_order_are_made_bucket_by_bucket(monkeypatch):
+    monkeypatch.setattr(gpu, "COPIED", 700)
+    alive = []
+
+    class Counted(gpu.FlatViews):
+        def __init__(self, *args):
+            super().__init__(*args)
+            alive.append(weakref.ref(self))
+
+    monkeypatch.setattr(gpu, "FlatViews", Counted)
+    params = leaves(*[(300,)] * 8)
+    optimizer = with_kernels(params)
+    for p in params:
+        p.grad = torch.randn(()).expand(300)
+    most = 0
+    for _ in optimizer._backend.buckets(optimizer._collector.collect(optimizer.param_groups, optimizer.state)):
+        most = max(most, sum(ref() is not None for ref in alive))
+    assert len(alive) == 8
+    assert most <= 6  # of this bucket, of the one before, and the first of the next
+
+
+@pytest.mark.parametrize("policy", BOTH)
+def test_a_gradient_with_the_negative_bit_is_read_as_what_it_is(policy):
+    plain, params = leaves((5, 8), (7,)), leaves((5, 8), (7,))
+    for ps, optimizer in ((plain, make(plain, policy)), (params, with_kernels(params, policy))):
+        for p in ps:
+            p.grad = torch.randn(p.shape, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).conj().imag
+            assert p.grad.is_neg()
+            if ps is plain:
+                p.grad = p.grad.clone()
+        held = [p.grad for p in ps]
+        optimizer.step()
+        assert all(p.grad is grad for p, grad in zip(ps, held, strict=True))
+    for a, b in zip(params, plain, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
 
 
 def compile_for_a_gpu():
@@ -258,7 +317,7 @@ def compile_for_a_gpu():
 
     config, f32 = Policy.from_pretrained("default").config, torch.float32
     for dtypes in ((f32,) * 5, (torch.bfloat16, torch.bfloat16, torch.bfloat16, f32, torch.bfloat16)):
-        module = PyCodeCache.load(gpu_kernels.source(gpu_kernels.Kind(config, dtypes, f32)))
+        module = PyCodeCache.load(gpu_kernels.source(gpu_kernels.Kind(HERE, config, dtypes, f32)))
         for kernel in (module.measure, module.apply):
             constants = {"PIECE": gpu_kernels.PIECE, "BLOCK": gpu_kernels.BLOCK, "ALIGNED": True}
             types = {name: "*i64" if name in ("table", "pieces") else "*fp32" for name in kernel.arg_names}
@@ -288,13 +347,16 @@ def test_kernels_compile_for_a_gpu():
     assert len(by_kernel) == 4
 
 
-def test_a_failed_compilation_is_said_once_and_the_step_is_made_all_the_same(monkeypatch):
+@pytest.mark.parametrize("where", ["source", "_launcher"])  # made of the rule; compiled by Triton, at a launch
+def test_a_failed_compilation_is_said_once_and_the_step_is_made_all_the_same(where, monkeypatch):
     """Of ``auto``, where a GPU would take these kernels."""
 
     def fail(*args):
         raise OSError("no space left\nmore")
 
-    monkeypatch.setattr(gpu_kernels, "source", fail)
+    monkeypatch.setattr(
+        gpu_kernels, where, fail if where == "source" else lambda kernel: lambda *args, **options: fail()
+    )
     monkeypatch.setattr(AutoBackend, "_of", lambda self, form: self._gpu)
     plain, params = leaves((40, 40)), leaves((40, 40))
     run(make(plain), plain, 2)

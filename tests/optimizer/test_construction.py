@@ -23,12 +23,13 @@ def test_the_signature_is_the_documented_one():
     assert list(signature.parameters) == [
         "params", "lr", "betas", "eps", "weight_decay",
         "policy", "revision", "maximize", "backend", "state_dtype", "safeguard", "skip_nonfinite", "capturable",
+        "offload",
     ]  # fmt: skip
     defaults = {name: p.default for name, p in signature.parameters.items() if name != "params"}
     assert defaults == {
         "lr": 1e-3, "betas": None, "eps": None, "weight_decay": 0.01, "policy": "default", "revision": None,
         "maximize": False, "backend": "auto", "state_dtype": None, "safeguard": False, "skip_nonfinite": False,
-        "capturable": False,
+        "capturable": False, "offload": False,
     }  # fmt: skip
     keyword_only = [name for name, p in signature.parameters.items() if p.kind is p.KEYWORD_ONLY]
     assert keyword_only == list(signature.parameters)[5:]

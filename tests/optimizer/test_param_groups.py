@@ -223,6 +223,63 @@ def test_queries_keys_and_values_are_cut_by_the_heads_of_their_module(inputs, qu
     assert param_groups(nn.Sequential(attention))[0]["split"] == split
 
 
+@pytest.mark.parametrize(
+    ("outputs", "sizes", "split"),
+    [
+        (192, {"head_dim": 16}, 12),
+        (192, {"head_size": 32}, 6),
+        (96, {"head_dim": 16, "num_heads": 4}, 6),  # four queries that share key and value
+        (192, {"num_attention_heads": 4}, 12),
+        (192, {"head_dim": 64, "num_heads": 1}, 3),
+        (192, {"head_dim": 192}, None),  # nothing to cut
+        (192, {"head_dim": 80}, None),
+        (200, {"num_heads": 3}, None),
+        (192, {"head_dim": 64.0, "num_heads": None}, None),
+        (192, {}, None),
+    ],
+)
+def test_what_is_packed_by_heads_is_cut_into_them(outputs, sizes, split):
+    attention = nn.ModuleDict({"query_key_value": nn.Linear(64, outputs), "o": nn.Linear(2, 2)})
+    for name, size in sizes.items():
+        setattr(attention, name, size)
+    by_name = taken(nn.Sequential(attention))
+    expected = "" if split is None else f" split={split}"
+    assert by_name["0.query_key_value.weight"] == f"matrix{expected}"
+    assert by_name["0.query_key_value.bias"] == f"vector{expected} -"
+
+
+class Mixer(nn.Module):
+    """Mamba's as its authors wrote it, or one of another kind."""
+
+    def __init__(self, outputs, x_proj, **sizes):
+        super().__init__()
+        self.A_log = nn.Parameter(torch.zeros(32, 4))
+        self.in_proj, self.out_proj = nn.Linear(16, outputs, bias=False), nn.Linear(32, 16, bias=False)
+        if x_proj:
+            self.x_proj = nn.Linear(32, x_proj, bias=False)
+        for name, size in {"d_inner": 32, "d_state": 4, "dt_rank": 2, **sizes}.items():
+            setattr(self, name, size)
+
+
+@pytest.mark.parametrize(
+    ("mixer", "in_proj", "x_proj"),
+    [
+        ((64, 10, {}), " split=2", " split=(2, 4, 4)"),
+        ((64, 12, {"dt_rank": 4}), " split=2", " split=3"),
+        ((84, 0, {"ngroups": 2, "nheads": 4}), " split=(32, 32, 8, 8, 4)", None),
+        ((64, 0, {}), "", None),  # Zamba's, whose halves take turns row by row
+        ((70, 11, {}), "", ""),
+        ((64, 10, {"d_inner": None, "d_state": 2.0}), "", ""),
+    ],
+)
+def test_mambas_projections_are_cut_by_the_sizes_of_their_mixer(mixer, in_proj, x_proj):
+    outputs, rows, sizes = mixer
+    table = taken(nn.Sequential(Mixer(outputs, rows, **sizes)))
+    assert table["0.in_proj.weight"] == f"matrix{in_proj}"
+    assert table.get("0.x_proj.weight") == (None if x_proj is None else f"matrix{x_proj}")
+    assert table["0.out_proj.weight"] == "matrix"
+
+
 def test_a_model_that_names_no_head_has_none():
     class Base(nn.Sequential):
         def get_output_embeddings(self):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from helpers import ROOT, TESTS
 from helpers.scripts import RUN_AND_LEAVE, assert_learned_is_ahead, load_script, run_script
 
-TESTED = {"demo.py", "replace_adam.py", "char_lm.py", "fsdp2.py"}
+TESTED = {"demo.py", "replace_adam.py", "char_lm.py", "fsdp2.py", "expert_parallel.py"}
 
 
 def test_every_example_is_run_by_a_test() -> None:
@@ -66,6 +69,24 @@ def test_a_stopped_run_resumes_to_the_same_loss(tmp_path: Path) -> None:
 def test_the_character_model_is_compared_with_adamw(tmp_path: Path) -> None:
     printed = run_script("examples/char_lm.py", "--steps", 60, cwd=tmp_path).splitlines()
     assert_learned_is_ahead(printed)
+
+
+def test_experts_spread_over_processes_learn_as_in_one_and_resume_to_the_last_bit(tmp_path: Path) -> None:
+    def losses(processes: int, folder: str, *options: object) -> list[float]:
+        torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
+        arguments = ("--folder", folder, "--steps", 12, *options)
+        printed = run_script(
+            "examples/expert_parallel.py", *arguments, cwd=tmp_path, program=(*torchrun, str(RUN_AND_LEAVE))
+        )
+        return [float(loss) for loss in re.findall(r"^step \d+: loss ([\d.]+)$", printed, re.M)]
+
+    straight = losses(2, "straight")
+    assert len(straight) == 12
+    assert straight[-1] < straight[0] - 1.0
+    stopped = losses(2, "stopped", "--stop", 5)
+    shutil.copytree(tmp_path / "stopped", tmp_path / "alone")
+    assert [*stopped, *losses(2, "stopped")] == straight
+    assert losses(1, "alone") == pytest.approx(straight[5:], rel=1e-4)
 
 
 def test_sharded_training_under_torchrun_is_compared_with_adamw(tmp_path: Path) -> None:

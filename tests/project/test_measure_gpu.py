@@ -30,7 +30,7 @@ def test_every_section_is_measured_and_written(gpu, tmp_path, capfd):
     gpu.main(["--device", "cpu", "--repeats", "1", "--out", str(out)])
     results = json.loads(out.read_text())
     assert not {title: section["error"] for title, section in results.items() if "error" in section}
-    assert len(results) == 13
+    assert len(results) == 14
     assert "Not measured yet" not in out.with_suffix(".md").read_text()
     agreement = results["agreement"]["result"]
     assert agreement["eager on the GPU: NaN in one tensor, it is hurt"] is True
