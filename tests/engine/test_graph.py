@@ -131,7 +131,9 @@ def test_launches_of_kernels_are_replayed(policy, moving, monkeypatch):
                 keep_gradients(params, number)
             for group in optimizer.param_groups:
                 group["lr"] = 0.01 / (1 + number)
+            version = params[-1]._version
             optimizer.step()
+            assert params[-1]._version > version  # or a backward pass would use what it has saved from before
         results.append((optimizer, fake, params))
     (one, fake, params), (other, _, others) = results
     assert (fake.recorded, fake.replayed) == (1 + 2 * moving, STEPS - WARM_UP)
