@@ -255,13 +255,13 @@ def limits(run: Run) -> dict[str, Any]:
     copied, block, warps = as_they_are
     for what, shapes in (("GPT", run.shapes()), ("GPT-2", run.shapes2())):
         others = (8, block, warps), (4 * copied, block, warps), (copied, 1024, 8), (copied, 1024, 4), (copied, 256, 4)
-        for limits in (as_they_are, *others):
-            packing.ON_GPU, gpu_kernels.BLOCK, gpu_kernels.WARPS = limits
+        for values in (as_they_are, *others):
+            packing.ON_GPU, gpu_kernels.BLOCK, gpu_kernels.WARPS = values
             try:
                 optimizer, params = bench._prepared(shapes, LearnedOptimizer, run.device)
                 peak = _peak(run, optimizer)
                 seconds = [bench._timed(optimizer.step, run.device) for _ in range(run.repeats)]
-                figures["{}: ON_GPU {}, BLOCK {}, WARPS {}".format(what, *limits)] = {
+                figures["{}: ON_GPU {}, BLOCK {}, WARPS {}".format(what, *values)] = {
                     "ms": statistics.median(seconds) * 1e3,
                     "MB besides the state": peak / 1e6,
                     "of the state": peak / bench._state_bytes(optimizer),

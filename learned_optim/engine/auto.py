@@ -63,8 +63,8 @@ class AutoBackend:
             self._reasons[f"{'compiled' if compiled else 'eager'} ({count}{why})"] = None
 
     def before_capture(self, params: list[ParamState]) -> None:
-        self.prepare(params)
-        self._gpu.before_capture([p for p in params if self._compile[_key(p.format)] and p.format.device.type != "cpu"])
+        compiled = [p for p in params if self._compile.get(_key(p.format), False) and p.format.device.type != "cpu"]
+        self._gpu.before_capture(compiled)
 
     def _choice(self, device: str, size: int) -> tuple[bool, str]:
         if self._failed:

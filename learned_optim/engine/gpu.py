@@ -43,6 +43,7 @@ class GpuBackend:
     def __init__(self, head: TensorHead) -> None:
         self.head, self.settings = head, head.config.orthogonalization
         self._weights: dict[tuple[torch.dtype, torch.device], Tensor] = {}
+        self._kernels: dict[Format, tuple[Kernels, torch.dtype]] = {}
         self._tables: dict[tuple[Format, bool, int, int], _Table] = {}
 
     def prepare(self, params: list[ParamState]) -> None:
@@ -54,21 +55,19 @@ class GpuBackend:
         for _ in self.buckets(params):
             pass
 
-    def load(self, form: Format) -> Kernels:
-        """Those for tensors like these.
+    def load(self, form: Format) -> tuple[Kernels, torch.dtype]:
+        """The kernels for tensors like these, and the dtype of directions that they write.
 
         Raises:
             CompilationError: they cannot be had, and why.
         """
-        made = kernels(self.kind(form))
-        if form.device.type != "cpu":  # where each small operation is a launch
-            self.head.compiled.setdefault(form.device, compiled_head(head_pass))
-        return made
-
-    def kind(self, form: Format) -> Kind:
-        """What the kernels for such tensors are specialised to."""
-        directions = directions_dtype(arithmetic_dtype(form.param), form.device)
-        return Kind(form.device, self.head.config, (form.param, form.grad, *form.state), directions)
+        if form not in self._kernels:
+            directions = directions_dtype(arithmetic_dtype(form.param), form.device)
+            kind = Kind(form.device, self.head.config, (form.param, form.grad, *form.state), directions)
+            self._kernels[form] = kernels(kind), directions
+            if form.device.type != "cpu":  # where each small operation is a launch
+                self.head.compiled[form.device] = compiled_head(head_pass)
+        return self._kernels[form]
 
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
         kinds: dict[tuple[Format, bool, int], list[ParamState]] = {}
@@ -88,9 +87,8 @@ class GpuBackend:
     def weights(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The cell's weights in one vector, as the kernels take them."""
         if (dtype, device) not in self._weights:
-            names = self.head.config.coordinate_weights()
-            flat = [self.head.weights[name].flatten() for name in names]
-            self._weights[dtype, device] = torch.cat(flat).to(device, dtype)
+            flat = self.head.flat_weights(self.head.config.coordinate_weights())
+            self._weights[dtype, device] = flat.to(device, dtype)
         return self._weights[dtype, device]
 
 
@@ -202,7 +200,7 @@ class _GpuBucket:
         self.backend, self.form, self.flats, self.aligned = backend, form, flats, aligned
         self.params = [flat.param for flat in flats]
         self.copied = sum(flat.copied for flat in flats)
-        self.kernels = backend.load(form)
+        self.kernels, self.directions_dtype = backend.load(form)
         padded = [-(-flat.param.numel // DIRECTION_ALIGNMENT) * DIRECTION_ALIGNMENT * flat.as_matrix for flat in flats]
         *self.begins, self.total = accumulate(padded, initial=0)
         contexts, which = contexts_of(self.params)
@@ -226,7 +224,7 @@ class _GpuBucket:
 
     def apply(self, coefficients: Tensor) -> list[Tensor | None]:
         device = self.form.device
-        directions = torch.empty(self.total, dtype=self.backend.kind(self.form).directions, device=device)
+        directions = torch.empty(self.total, dtype=self.directions_dtype, device=device)
         self.kernels.apply(
             self.table, self.pieces.table, self.scalars, coefficients.T.to(self.arithmetic).contiguous(),
             self.backend.weights(self.arithmetic, device), directions, aligned=self.aligned,

@@ -25,9 +25,10 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.codegen import triton
+from learned_optim.engine.head import coefficient_count
 from learned_optim.engine.kernels import CompilationError
 from learned_optim.engine.param_state import arithmetic_dtype
-from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, Passes, coefficient_count, passes, weight_count
+from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, Passes, passes, weight_count
 from learned_optim.rule.config import PolicyConfig
 
 #: Coordinates of a piece, and of the blocks that a program takes one after the other: a thread then has 4 in registers.
@@ -117,10 +118,7 @@ def _made(kind: Kind) -> Kernels | CompilationError:
         _try_out(kind, made)
         return made
     except Exception as error:  # Triton, a driver or a disk may fail in any way: the eager backend is there
-        first_line = (str(error).strip().splitlines() or [""])[0]
-        failure = CompilationError(f"{type(error).__name__}: {first_line}")
-        failure.__cause__ = error
-        return failure
+        return CompilationError.of(error)
 
 
 def kernels(kind: Kind) -> Kernels:

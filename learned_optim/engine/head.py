@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple, Protocol
@@ -21,6 +21,11 @@ from learned_optim.rule.types import Coefficients, Spread, TensorState, TensorSu
 #: The head is computed for a multiple of this many tensors, the missing ones being empty: whole SIMD vectors, so that a
 #: tensor's bits do not depend on how many tensors are run with it.
 COLUMNS = 16
+
+
+def coefficient_count(config: PolicyConfig) -> int:
+    """How many coefficients a tensor has: the rows of ``Coefficients.stack``."""
+    return Coefficients.count(len(config.hidden_weights), len(config.windows) + len(config.rates))
 
 
 class LengthFactors(NamedTuple):
@@ -43,7 +48,7 @@ class StepRecord(NamedTuple):
 
     @classmethod
     def of_left_out(cls, config: PolicyConfig, params: list[ParamState]) -> StepRecord:
-        rows = Coefficients.count(len(config.hidden_weights), len(config.windows) + len(config.rates))
+        rows = coefficient_count(config)
         nan = torch.full((len(params),), torch.nan, dtype=torch.float64, device="cpu")
         sums = TensorSums(*[nan] * len(TensorSums._fields))
         state = TensorState(*[nan] * len(params[0].tensor_state))
@@ -135,6 +140,10 @@ class TensorHead:
         order = torch.tensor([i for some in indices.values() for i in some], device="cpu").argsort()
         stacked = torch.cat([stacked for stacked, _ in parts], 1)[:, order].contiguous()
         return stacked, [record for _, records in parts for record in records]
+
+    def flat_weights(self, names: Iterable[str]) -> Tensor:
+        """Weights in one vector, float64."""
+        return torch.cat([self.weights[name].flatten() for name in names])
 
     def _run(self, params: list[ParamState], sums: TensorSums) -> tuple[Tensor, list[StepRecord]]:
         device, count = sums.u_u.device, len(params)

@@ -25,6 +25,14 @@ from learned_optim.rule.types import TensorState, TensorSums
 class CompilationError(RuntimeError):
     """A kernel could not be made; the cause is chained."""
 
+    @classmethod
+    def of(cls, error: Exception, said: str | None = None) -> CompilationError:
+        """The first line of what a compiler said, or else of the error."""
+        first_line = ((said or str(error)).strip().splitlines() or [""])[0]
+        failure = cls(f"{type(error).__name__}: {first_line}")
+        failure.__cause__ = error
+        return failure
+
 
 def _own_code(method: Any) -> Callable:
     """The same function with a code object of its own: dynamo keeps eight compiled forms of one, and looks at each."""

@@ -5,14 +5,14 @@ from __future__ import annotations
 import ctypes
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from operator import is_
 
 import torch
 from torch import Tensor
 
-from learned_optim.engine.head import StepRecord, TensorHead
+from learned_optim.engine.head import StepRecord, TensorHead, coefficient_count
 from learned_optim.engine.hyperparameters import StepContext
 from learned_optim.engine.native_library import CompilationError, Kind, library
 from learned_optim.engine.native_matrices import NativeMatrices, at
@@ -20,7 +20,7 @@ from learned_optim.engine.packing import COPIED, bins
 from learned_optim.engine.param_state import FlatViews, Format, ParamState, arithmetic_dtype, contexts_of, have_changed
 from learned_optim.engine.step import Bucket
 from learned_optim.rule.layouts import TensorShapes
-from learned_optim.rule.types import Coefficients, TensorState, TensorSums
+from learned_optim.rule.types import TensorState, TensorSums
 
 
 class NativeBackend:
@@ -34,7 +34,7 @@ class NativeBackend:
 
     def __init__(self, head: TensorHead) -> None:
         self.head, self.settings = head, head.config.orthogonalization
-        self.weights = flat_weights(head, head.config.coordinate_weights())
+        self.weights = head.flat_weights(head.config.coordinate_weights()).cpu()
         self._libraries: dict[Format, ctypes.CDLL] = {}
         self._groups: dict[tuple[Format, bool, int], _Group] = {}
 
@@ -200,8 +200,9 @@ class _NativeHead:
 
     def __init__(self, head: TensorHead, lib: ctypes.CDLL, arithmetic: torch.dtype) -> None:
         config = head.config
-        self.rows = Coefficients.count(len(config.hidden_weights), len(config.windows) + len(config.rates))
-        self.weights = flat_weights(head, [k for k in config.weight_shapes() if k not in config.coordinate_weights()])
+        self.rows = coefficient_count(config)
+        names = [k for k in config.weight_shapes() if k not in config.coordinate_weights()]
+        self.weights = head.flat_weights(names).cpu()
         self.lib, self.dtype = lib, arithmetic
         self._last: _HeadGroup | None = None
 
@@ -269,11 +270,6 @@ def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Ten
     threads = torch.get_num_threads()
     lib.move_along(len(params), at(sizes), at(targets), at(along), at(scalars), at(which), threads)
     have_changed(params)
-
-
-def flat_weights(head: TensorHead, names: Iterable[str]) -> Tensor:
-    """Weights in one vector, float64."""
-    return torch.cat([head.weights[name].flatten() for name in names]).cpu()
 
 
 def scalars_of(contexts: list[StepContext]) -> array:

@@ -27,10 +27,10 @@ from torch import Tensor
 
 from learned_optim import rule
 from learned_optim.engine.codegen import CPP, CPP_TYPES, Names, generate
-from learned_optim.engine.head import head_pass
+from learned_optim.engine.head import coefficient_count, head_pass
 from learned_optim.engine.kernels import CompilationError, find_compiler
 from learned_optim.engine.param_state import arithmetic_dtype
-from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, coefficient_count, passes, weight_count
+from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, passes, weight_count
 from learned_optim.rule.cells import CELLS
 from learned_optim.rule.config import PolicyConfig
 from learned_optim.rule.layouts import ShapeContext, TensorShapes
@@ -66,11 +66,7 @@ def library(kind: Kind) -> ctypes.CDLL | CompilationError:
                 getattr(loaded, name).restype = None
         return loaded
     except Exception as error:  # a compiler, a disk or a loader may fail in any way: the eager backend is there
-        said = error.stderr if isinstance(error, subprocess.CalledProcessError) else None
-        first_line = ((said or str(error)).strip().splitlines() or [""])[0]
-        failure = CompilationError(f"{type(error).__name__}: {first_line}")
-        failure.__cause__ = error
-        return failure
+        return CompilationError.of(error, error.stderr if isinstance(error, subprocess.CalledProcessError) else None)
 
 
 def _loaded(kind: Kind) -> ctypes.CDLL:

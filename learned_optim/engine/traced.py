@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.codegen import Language, Names, generate
+from learned_optim.engine.head import coefficient_count
 from learned_optim.engine.param_state import arithmetic_dtype
 from learned_optim.rule import update
 from learned_optim.rule.config import PolicyConfig
@@ -50,11 +51,6 @@ class _PerCoordinate:
 
     def spread(self, values: Tensor) -> Sequence[Spread]:
         return values.unbind()
-
-
-def coefficient_count(config: PolicyConfig) -> int:
-    """How many coefficients a tensor has: the rows of ``Coefficients.stack``."""
-    return Coefficients.count(len(config.hidden_weights), len(config.windows) + len(config.rates))
 
 
 def weight_count(config: PolicyConfig) -> int:

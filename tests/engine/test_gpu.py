@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from helpers import ROOT
+from helpers.optimizer_checks import assert_bad_gradients_stay_apart
 from helpers.param_changes import CHANGES, data_of_another_dtype
 from helpers.support import assert_same_bits, copies, give_gradients, leaves, make, run
 from learned_optim import Policy
@@ -139,17 +140,7 @@ def test_a_step_of_a_tensor_does_not_depend_on_the_tensors_beside_it_or_on_their
 @pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, of the interpreter
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_gradient_that_is_not_finite_leaves_other_tensors_alone(bad):
-    clean, dirty = leaves(*SHAPES), leaves(*SHAPES)
-    run(with_kernels(clean), clean, 2)
-    optimizer = with_kernels(dirty)
-    for step in range(2):
-        give_gradients(dirty, step)
-        for i in (2, 6):
-            dirty[i].grad[-1] = bad
-        optimizer.step()
-    others = [i for i in range(len(SHAPES)) if i not in (2, 6)]
-    assert_same_bits([dirty[i] for i in others], [clean[i] for i in others])
-    assert not dirty[6].isfinite().all()
+    assert_bad_gradients_stay_apart(with_kernels, SHAPES, bad)
 
 
 @pytest.mark.parametrize("change", [change for change in CHANGES if change is not data_of_another_dtype])

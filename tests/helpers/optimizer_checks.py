@@ -95,3 +95,18 @@ def assert_chunks_leave_no_seam(policy, chunk, numel, monkeypatch, dtype=torch.f
         torch.testing.assert_close(param.detach(), whole, rtol=1e-11, atol=1e-13)
         for key, expected in zip(optimizer._keys.coordinate, state.tensors, strict=True):
             torch.testing.assert_close(optimizer.state[param][key], expected, rtol=1e-10, atol=1e-13)
+
+
+def assert_bad_gradients_stay_apart(make_optimizer, shapes, bad):
+    """Gradients that are not finite, of the tensors 2 and 6, leave other tensors alone."""
+    clean, dirty = leaves(*shapes), leaves(*shapes)
+    run(make_optimizer(clean), clean, 2)
+    optimizer = make_optimizer(dirty)
+    for step in range(2):
+        give_gradients(dirty, step)
+        for i in (2, 6):
+            dirty[i].grad[-1] = bad
+        optimizer.step()
+    others = [i for i in range(len(shapes)) if i not in (2, 6)]
+    assert_same_bits([dirty[i] for i in others], [clean[i] for i in others])
+    assert not dirty[6].isfinite().all()
