@@ -84,6 +84,7 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
         "step_size": size,
         **{f"share_{name}": w / size for name, w in zip(names, weights, strict=True)},
         "caution_factor": coeff.caution_factor,
+        "decay": coeff.decay,
         "update_rms": update,
         "update_to_adamw": update / b_b.sqrt().clamp(min=1e-30),
         "rms_gradient": u_u.sqrt(),

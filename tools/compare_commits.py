@@ -45,7 +45,7 @@ RUNS: dict[str, dict[str, Any]] = {
 def scenarios() -> dict[str, Callable[[], Iterable[Any]]]:
     """By name; each yields tensors."""
     table: dict[str, Callable[[], Iterable[Any]]] = {}
-    for policy in ("default", "reader"):
+    for policy in ("default", "pretraining", "reader"):
         for backend in ("eager", "compiled"):
             for dtype in ("float32", "bfloat16"):
                 table[f"{policy}, {backend}, {dtype}"] = partial(steps, policy, dtype, backend=backend)

@@ -45,12 +45,13 @@ def scale_runs(results: Results) -> str:
     return report.runs(rows(results))
 
 
-def speedup_of(model: str, rival: int) -> Callable[[Results], str]:
+def speedup_of(model: str, rival: int, policy: str) -> Callable[[Results], str]:
     """Figure within a sentence: in steps, with constant learning rate; rivals are AdamW and Muon."""
 
     def figure(results: Results) -> str:
         (row,) = (row for row in rows(results) if row.model.name == model)
-        comparison = compare(row.ours[0], row.rivals[rival])
+        mine = [runs for runs in row.ours if runs.name.startswith(f"{policy}, constant")]
+        comparison = compare(mine[0], row.rivals[rival]) if mine else None
         return report.MISSING if comparison is None else f"{comparison.steps:.2f}"
 
     return figure
@@ -58,8 +59,9 @@ def speedup_of(model: str, rival: int) -> Callable[[Results], str]:
 
 #: By name.
 FIGURES = {
-    f"{model.replace('-', '_').replace('.', '_')}_{name}": speedup_of(model, i)
+    f"{model.replace('-', '_').replace('.', '_')}{suffix}_{name}": speedup_of(model, i, policy)
     for model in ("text-0.3M", "text-1M")
+    for policy, suffix in (("default", ""), ("pretraining", "_pretraining"))
     for i, name in enumerate(("adamw", "muon"))
 }
 

@@ -35,9 +35,10 @@ class Matrix(NamedTuple):
     param: ParamState
     d: Tensor  #: [numel]
     share: Tensor  #: [1], how much of it is orthogonalised
+    decay: Tensor  #: [1], weight decay beside the user's
 
 
-Move = Callable[[Sequence[ParamState], Sequence[Tensor]], None]
+Move = Callable[[Sequence[ParamState], Sequence[Tensor], Sequence[Tensor]], None]
 
 
 def orthogonalize_cut(
@@ -54,7 +55,7 @@ def orthogonalize_cut(
         tensors: the matrices; all processes call this for the same ones, in the same order.
         matrices: of them, those of which this process holds something with a gradient.
         shards: adds up.
-        move: parameters along directions shaped like them.
+        move: parameters along directions shaped like them, given the decay of each.
     """
     of = {index: _Grams if sends_grams(settings, tensor) else _Whole for index, tensor in tensors.items()}
     cut = [of[index](settings, tensor, matrices.get(index)) for index, tensor in tensors.items()]
@@ -136,7 +137,7 @@ class _Grams(_Cut):
         shape = here.param.param.shape
         if self._transposed:
             moved = moved.reshape(shape[1], shape[0], *shape[2:]).transpose(0, 1)
-        move([here.param], [moved.reshape(shape)])
+        move([here.param], [moved.reshape(shape)], [here.decay])
         yield LengthFactors([here.param.param_index], factor)
 
 
@@ -163,5 +164,5 @@ class _Whole(_Cut):
             return
         d = here.param.matrices(sent.view(1, *self._shape))
         whole, factor = orthogonalize(self._settings, d, here.share.to(sent.dtype))
-        move([here.param], [self._mine(here.param.stored(whole).flatten(2)[0], here)])
+        move([here.param], [self._mine(here.param.stored(whole).flatten(2)[0], here)], [here.decay])
         yield LengthFactors([here.param.param_index], factor)

@@ -81,7 +81,7 @@ class EagerBackend:
         """Directions where matrices are to be orthogonalised, else new parameters; and the state as it is kept."""
         scalars = bucket.params[0].context.scalars
         d, state = update.apply(self.weights, self.head.config, coeff, param, grad, state, scalars)
-        moved = d if bucket.as_matrices else update.move(param, d, scalars)
+        moved = d if bucket.as_matrices else update.move(param, d, scalars, coeff.decay)
         return moved, rounded_state(state, bucket.params[0].format.state)
 
 

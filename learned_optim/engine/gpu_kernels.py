@@ -7,7 +7,7 @@ those beside it.
     table         [K, 3 + T] int64  numel, row of the scalars, offset of the direction (or less than 0), T addresses
                                     (all 16-byte aligned, or not): parameter, gradient, state
     pieces        [N, 2] int64      tensor, first coordinate
-    scalars       [R, 8]            see :class:`StepScalars`
+    scalars       [R, 9]            see :class:`StepScalars`
     sums          [7, N]            of the pieces, see :class:`TensorSums`
     coefficients  [K, C]            see :class:`Coefficients`
     weights       [W]               of the cell, see :func:`learned_optim.engine.traced.weight_count`

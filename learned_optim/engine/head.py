@@ -119,7 +119,7 @@ class TensorHead:
         self.weights = {name: w.detach().to(torch.float64, copy=True) for name, w in weights.items()}
         self.compiled: dict[torch.device, Callable] = {}  #: in place of :func:`head_pass`
         #: Moves parameters of a dtype along directions, on CPUs.
-        self.moves: dict[torch.dtype, Callable[[list[ParamState], list[Tensor]], None]] = {}
+        self.moves: dict[torch.dtype, Callable[[list[ParamState], list[Tensor], Tensor], None]] = {}
         #: Of directions on CPUs, by their dtype.
         self.orthogonalizers: dict[torch.dtype, Orthogonalizer] = {}
         self.native: dict[torch.dtype, HeadPass] = {}  #: in place of all of it, on CPUs, by the dtype of the arithmetic

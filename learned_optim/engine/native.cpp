@@ -135,10 +135,11 @@ extern "C" void apply(int64_t count, const int64_t* sizes, const int64_t* addres
 
 // Parameters that wait for their directions, of the arithmetic's type, to be orthogonalised.
 extern "C" void move_along(int64_t count, const int64_t* sizes, const int64_t* params, const int64_t* directions,
-                           const double* scalars, const int64_t* which, int threads) {
+                           const double* scalars, const int64_t* which, const double* decays, int threads) {
   in_chunks(count, sizes, threads, [&](int64_t k, int64_t, int64_t begin, int64_t n) {
     R s[%(scalars)d];
     for (int i = 0; i < %(scalars)d; i++) s[i] = R(scalars[which[k] * %(scalars)d + i]);
+    const R decay = R(decays[k]);
     P* target = (P*)params[k] + begin;
     const R* direction = (const R*)directions[k] + begin;
     INDEPENDENT

@@ -260,15 +260,17 @@ class _HeadGroup(_Same):
             t.copy_(copy)
 
 
-def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Tensor]) -> None:
-    """Move contiguous parameters of one dtype along contiguous directions."""
+def _move_along(lib: ctypes.CDLL, params: list[ParamState], directions: list[Tensor], decays: Tensor) -> None:
+    """Move contiguous parameters of one dtype along contiguous directions; decays are [len(params)] in float64."""
     contexts, which = contexts_of(params)
     scalars = scalars_of(contexts)
     sizes = array("q", [p.numel for p in params])
     targets = array("q", [p.param.data_ptr() for p in params])
     along = array("q", [d.data_ptr() for d in directions])
     threads = torch.get_num_threads()
-    lib.move_along(len(params), at(sizes), at(targets), at(along), at(scalars), at(which), threads)
+    lib.move_along(
+        len(params), at(sizes), at(targets), at(along), at(scalars), at(which), decays.data_ptr(), threads
+    )  # fmt: skip
     have_changed(params)
 
 

@@ -210,7 +210,7 @@ _ADDRESS, _COUNT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
     "measure": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
     "apply": [_COUNT, *[_ADDRESS] * 6, _COUNT, _ADDRESS, ctypes.c_int],
-    "move_along": [_COUNT, *[_ADDRESS] * 5, ctypes.c_int],
+    "move_along": [_COUNT, *[_ADDRESS] * 6, ctypes.c_int],
     "orthogonalize": [_COUNT, *[_ADDRESS] * 3, _COUNT, *[_ADDRESS] * 2, ctypes.c_int],
     "head": [_COUNT, *[_ADDRESS] * 9],
     "guarded_head": [_COUNT, *[_ADDRESS] * 9],

@@ -222,13 +222,13 @@ def _run_shards(
 
 def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[Matrix]:
     """Apply coefficients [C, K], whose columns are in the order of the buckets; what is still to be orthogonalised."""
-    shares = stacked[Coefficients._fields.index("orthogonal")].split(1)
+    shares, decays = (stacked[Coefficients._fields.index(name)].split(1) for name in ("orthogonal", "decay"))
     begin = 0
     for bucket in buckets:
         end = begin + len(bucket.params)
         if directions := bucket.apply(stacked[:, begin:end]):
-            of_all = zip(bucket.params, directions, shares[begin:end], strict=True)
-            yield from (Matrix(param, d, share) for param, d, share in of_all if d is not None)
+            of_all = zip(bucket.params, directions, shares[begin:end], decays[begin:end], strict=True)
+            yield from (Matrix(param, d, *rest) for param, d, *rest in of_all if d is not None)
         begin = end
 
 
@@ -237,6 +237,7 @@ class _Alike(NamedTuple):
 
     params: list[ParamState]
     shares: list[Tensor]
+    decays: list[Tensor]
     shape: tuple[int, int, int]  #: how many, rows, columns
     blocks: Tensor  #: see ``as_blocks``
 
@@ -248,9 +249,10 @@ class _Alike(NamedTuple):
             shape = first.param.shape[0], first.param.numel // first.param.shape[0]
             at_once = max(1, limit(MULTIPLIED, first.d.device) // first.param.numel)
             for start in range(0, len(indices), at_once):
-                params, ds, shares = zip(*(matrices[i] for i in indices[start : start + at_once]), strict=True)
+                some = [matrices[i] for i in indices[start : start + at_once]]
+                params, ds, shares, decays = (list(parts) for parts in zip(*some, strict=True))
                 d = first.param.matrices(stacked_tensors(ds))
-                yield cls(list(params), list(shares), (len(params), *shape), as_blocks(settings, d))
+                yield cls(params, shares, decays, (len(params), *shape), as_blocks(settings, d))
 
 
 def _orthogonalize_and_move(head: TensorHead, matrices: list[Matrix]) -> Iterator[LengthFactors]:
@@ -262,9 +264,9 @@ def _orthogonalize_and_move(head: TensorHead, matrices: list[Matrix]) -> Iterato
         dtypes = m.param.format.param, m.d.dtype
         (taken.setdefault(dtypes, []) if native and native.takes(m.param, m.d) else others).append(m)
     for (_, dtype), some in taken.items():
-        params, ds, shares = (list(parts) for parts in zip(*some, strict=True))
+        params, ds, shares, decays = (list(parts) for parts in zip(*some, strict=True))
         yield LengthFactors([p.param_index for p in params], head.orthogonalizers[dtype](params, ds, shares))
-        _move(head, params, ds)
+        _move(head, params, ds, decays)
     yield from _orthogonalize_batches_and_move(head, others)
 
 
@@ -302,32 +304,33 @@ def _move_along_blocks(head: TensorHead, batch: list[_Alike], x: Tensor, scale: 
         matrix = first.matrices(param.unsqueeze(0))[0]
         matrix = matrix.mT if rows > columns else matrix
         scalars: Any = first.context.scalars
-        matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=scalars.retained, alpha=-scalars.lr)
+        retained = scalars.retained - scalars.decay_lr * float(batch[0].decays[0])
+        matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=retained, alpha=-scalars.lr)
     else:
         for g, d in zip(batch, along_blocks(scale, x).split([len(g.blocks) for g in batch]), strict=True):
             own = g.params[0].stored(from_blocks(d[..., : g.blocks.shape[2]], g.shape))
-            _move(head, g.params, own.to(g.params[0].arithmetic).unbind())
+            _move(head, g.params, own.to(g.params[0].arithmetic).unbind(), g.decays)
 
 
-def _move(head: TensorHead, params: Sequence[ParamState], ds: Sequence[Tensor]) -> None:
+def _move(head: TensorHead, params: Sequence[ParamState], ds: Sequence[Tensor], decays: Sequence[Tensor]) -> None:
     """Move parameters of one dtype along directions, in the order of their indices."""
     move = head.moves.get(params[0].format.param)
     if move is not None and ds[0].device.type == "cpu" and all(p.param.is_contiguous() for p in params):
-        move(list(params), [d.contiguous() for d in ds])
+        move(list(params), [d.contiguous() for d in ds], torch.cat(list(decays)))
         return
     for indices in indices_by(p.param.shape for p in params).values():
-        _move_alike([params[i] for i in indices], stacked_tensors([ds[i] for i in indices]))
+        decay = torch.cat([decays[i] for i in indices])
+        _move_alike([params[i] for i in indices], stacked_tensors([ds[i] for i in indices]), decay)
 
 
-def _move_alike(params: Sequence[ParamState], d: Tensor) -> None:
-    """The same for parameters of one shape, d [len(params), ...], in torch."""
+def _move_alike(params: Sequence[ParamState], d: Tensor, decay: Tensor) -> None:
+    """The same for parameters of one shape, d [len(params), ...], decay [len(params)], in torch."""
     tensors = [p.param.detach() for p in params]
     before = stacked_tensors(tensors).to(d.dtype)
     scalars = [p.context.scalars for p in params]
     # As tensors also where all are the same: with floats the last bit may differ, and then neighbours would matter.
-    lr, retained = to_device([[s.lr for s in scalars], [s.retained for s in scalars]], d.dtype, d.device).view(
-        2, -1, *[1] * (before.ndim - 1)
-    )
-    copy_all(
-        tensors, update.move(before, d.reshape(before.shape), scalars[0]._replace(lr=lr, retained=retained)).unbind()
-    )
+    names = "lr", "retained", "decay_lr"
+    of_each = to_device([[getattr(s, name) for s in scalars] for name in names], d.dtype, d.device)
+    column = len(params), *[1] * (before.ndim - 1)
+    now = scalars[0]._replace(**dict(zip(names, of_each.view(-1, *column), strict=True)))
+    copy_all(tensors, update.move(before, d.reshape(before.shape), now, decay.to(d.dtype).view(column)).unbind())

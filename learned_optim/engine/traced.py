@@ -27,7 +27,8 @@ class Passes(NamedTuple):
     """Statements, and the expressions of what they compute.
 
     Those of the first pass read ``p, g, x0, x1, x2`` (the state) and the scalars ``s``; those of the second read all of
-    the state, and the coefficients ``c`` and weights ``w`` besides. A parameter ``p`` is moved along a direction ``d``.
+    the state, and the coefficients ``c`` and weights ``w`` besides. A parameter ``p`` is moved along a direction ``d``,
+    given its own ``decay``.
     """
 
     measure: str
@@ -85,7 +86,8 @@ def passes(
             values = [[next(rest) for _ in range(row)] for _ in range(math.prod(shape) // row)]
             weights[name] = values if len(shape) == 2 else values[0]
         d, new = update.apply(weights, config, Coefficients.of_rows(coeff, hidden), p, g, CoordinateState.of(x), now)
-        return [d, update.move(p, d, now), *rounded_state(new, dtypes[2:]).tensors]
+        moved = update.move(p, d, now, Coefficients.of_rows(coeff, hidden).decay)
+        return [d, moved, *rounded_state(new, dtypes[2:]).tensors]
 
     def some(n: int) -> list[Tensor]:  # tracing tells tensors apart by identity
         return [torch.ones((), dtype=arithmetic, device="cpu") for _ in range(n)]
@@ -103,8 +105,8 @@ def passes(
         names("p", "g", *x, *s, *c, *w), "a", language,
     )  # fmt: skip
     move, (there,) = generate(
-        lambda p, d, scalars: [update.move(p, d, StepScalars(*scalars))], (*some(2), some(SCALARS)),
-        names("p", "d", *s), "v", language,
+        lambda p, d, decay, scalars: [update.move(p, d, StepScalars(*scalars), decay)], (*some(3), some(SCALARS)),
+        names("p", "d", "decay", *s), "v", language,
     )  # fmt: skip
     return Passes(
         measure, [t.item() for t in sums], apply, direction.item(), moved.item(), [t.item() for t in new],

@@ -77,9 +77,10 @@ def compiled_update(
     with warnings.catch_warnings():
         # Torch looks at the .grad of what it compiles for, and warns itself that this is no leaf.
         warnings.filterwarnings("ignore", "The .grad attribute of a Tensor", UserWarning)
-        (moved, *vectors), of_tensors = run(tuple(weights), tuple(weights.values()), vectors, of_tensors, rows, scalars)
+        result = run(tuple(weights), tuple(weights.values()), vectors, of_tensors, rows, scalars)
+    (moved, *vectors), of_tensors, decay = result
     if config.orthogonal:
-        moved = orthogonalize_and_move(config, layout, param, moved, step, hyper, config.orthogonal)
+        moved = orthogonalize_and_move(config, layout, param, moved, step, hyper, config.orthogonal, decay)
     return moved, CoordinateState.of(vectors), TensorState(*of_tensors)
 
 
@@ -127,10 +128,12 @@ def compiled_vectorized(
     torch._dynamo.maybe_mark_dynamic(layout.rows.owner, 0)
     scalars = [x if isinstance(x, Tensor) else _scalar(float(x), param.device) for x in (step, *hyper)]
     run = _compiled_vectorized(config)
-    (moved, *vectors), of_tensors = run(dict(weights), vectors, list(tensor_state.tensors), layout.rows, scalars)
+    result = run(dict(weights), vectors, list(tensor_state.tensors), layout.rows, scalars)
+    (moved, *vectors), of_tensors, decay = result
     if config.orthogonal:
         rest = partial(orthogonalize_and_move, config, layout.segments, step=step, hyper=hyper, share=config.orthogonal)
-        moved = torch.vmap(rest)(param, moved)
+        decay = decay[:, : len(layout.segments.sizes)]  # without the tensors that fill K up
+        moved = torch.vmap(lambda param, d, decay: rest(param, d, decay=decay))(param, moved, decay)
     return moved, CoordinateState.of(vectors), TensorState(*of_tensors)
 
 
@@ -168,15 +171,18 @@ def _on_rows(
     of_tensors: list[Tensor],
     rows: _Rows,
     scalars: list[Tensor],
-) -> tuple[list[Tensor], list[Tensor]]:
-    """New parameters, or directions where whole matrices are still to be orthogonalised, and new state."""
+) -> tuple[list[Tensor], list[Tensor], Tensor]:
+    """New parameters, or directions where whole matrices are still to be orthogonalised, new state, and decays."""
     param, grad, *state = (t.view(-1, ROW) for t in vectors)
     step, *hyper = scalars
     hyper = Hyperparameters(*hyper)
-    d, _, state, tensor_state = direction(
+    d, coeff, state, tensor_state = direction(
         dict(zip(names, values, strict=True)), config, rows, param, grad, CoordinateState.of(state),
         TensorState(*of_tensors), step, hyper, fixed_scale=fixed_scale,
     )  # fmt: skip
-    moved = d if config.orthogonal else move(param, d, StepScalars.at(step, hyper))
+    decay = torch.as_tensor(coeff.decay)
+    moved = d
+    if not config.orthogonal:
+        moved = move(param, d, StepScalars.at(step, hyper), *rows.spread(decay.to(param.dtype).unsqueeze(0)))
     # Views of what was made here would be compiled apart from tensors of their own; a loop writes the copy at once.
-    return [t.view(-1).clone() for t in (moved, *state.tensors)], list(tensor_state.tensors)
+    return [t.view(-1).clone() for t in (moved, *state.tensors)], list(tensor_state.tensors), decay

@@ -52,6 +52,8 @@ class PolicyConfig:
         age_rate: a tensor's age, the number of steps that windows and context count, is multiplied in a step by
             exp(-age_rate x), with x what its weights say of the context where that is positive; 0 does without weights,
             and the age is the number of steps.
+        decay_rate: the rule's own weight decay, in units of the user's, per unit of what its weights say of the context
+            where that is positive; 0 does without weights, and decay is the user's alone.
         orthogonal: how much of a matrix's update is orthogonalised, in [0, 1]; 0 does without, which saves matrix
             products. See :mod:`learned_optim.rule.orthogonalize`, also for the next seven.
         orthogonal_method: name out of ``POLAR_METHODS``.
@@ -99,6 +101,7 @@ class PolicyConfig:
     pace_growth: float = 0.01
     pace_bound: float = 0.7
     age_rate: float = 0.0
+    decay_rate: float = 0.0
     orthogonal: float = 0.0
     orthogonal_method: str = "newton_schulz"
     orthogonal_coefficients: tuple[float, ...] = (3.4445, -4.7750, 2.0315)
@@ -143,7 +146,7 @@ class PolicyConfig:
             require(getattr(self, name) > 0.0, name, "positive")
         for name in ("caution", "pace_gain", "pace_rate", "pace_growth", "age_rate", "orthogonal"):
             require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
-        for name in ("pace_bound", "orthogonal_damping"):
+        for name in ("pace_bound", "decay_rate", "orthogonal_damping"):
             require(0.0 <= getattr(self, name) <= 10.0, name, "in [0, 10]")
         require(0.0 < self.head_bound <= 10.0, "head_bound", "in (0, 10]")
         require(len(self.orthogonal_coefficients) > 0, "orthogonal_coefficients", "at least one number")
@@ -233,7 +236,8 @@ class PolicyConfig:
         head: Shapes = {"head": (self.num_outputs, context)}
         pace: Shapes = {"pace": (1, context)} if self.pace_rate else {}
         age: Shapes = {"age": (1, context)} if self.age_rate else {}
-        return {**head, **cell.tensor_weights(self), **cell.coordinate_weights(self), **pace, **age}
+        decay: Shapes = {"decay": (1, context)} if self.decay_rate else {}
+        return {**head, **cell.tensor_weights(self), **cell.coordinate_weights(self), **pace, **age, **decay}
 
 
 _HINTS = get_type_hints(PolicyConfig)  # once: it compiles the annotations, and loading a policy is to compile nothing

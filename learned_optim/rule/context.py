@@ -113,6 +113,7 @@ CONTEXT: dict[str, ContextFeature] = {
     "log_sparsity": ContextFeature(-0.3, 0.5, _log_sparsity),
     "log_rare_rows": ContextFeature(0.0, 1.0, _log_rare_rows),
     "log_small_embedding": ContextFeature(0.0, 1.0, _log_small_embedding),
+    "is_large": ContextFeature(0.0, 1.0, lambda c: c.shape.is_large),
 }
 
 #: What the head of a new policy sees if its configuration does not say.

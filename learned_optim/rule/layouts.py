@@ -30,6 +30,12 @@ ORTHOGONALIZED: tuple[Role, ...] = ("matrix", "conv")
 EMBEDDING_ASPECT = 16.0
 #: Rows and columns of the smallest of these that is no first layer of few inputs.
 SMALLEST_EMBEDDING = 256, 16
+#: Smaller side of a matrix up to which it is not large, and from which it is. Orthogonalising makes all directions of a
+#: matrix alike; those of the signal are few, those of the noise as many as its smaller side.
+LARGE_SIDES = 64, 128
+#: Rows per column from which a matrix without a role does not count as large: it may be the embedding of a small
+#: vocabulary.
+LARGE_ASPECT = 8.0
 #: Embeddings of up to so many rows are treated like any other tensor.
 FEW_ROWS = 1000.0
 
@@ -71,6 +77,7 @@ class ShapeContext(NamedTuple):
     log_fan_ratio: Any  #: logarithm of outputs over inputs
     log_embedding_rows: Any  #: logarithm of an embedding's rows over ``FEW_ROWS``, if there are more; 0 elsewhere
     is_embedding: Any  #: 1 for embeddings and heads; without a role, for tall matrices from ``SMALLEST_EMBEDDING`` on
+    is_large: Any  #: of other matrices and of convolutions, 0 up to the first of ``LARGE_SIDES``, 1 from the second on
 
     @classmethod
     def of(cls, shape: Sequence[int], role: Role | None = None) -> ShapeContext:
@@ -83,14 +90,23 @@ class ShapeContext(NamedTuple):
         log_rows = math.log(max(shape[0] / FEW_ROWS, 1.0)) if counts_rows else 0.0
         large = tall and shape[0] >= SMALLEST_EMBEDDING[0] and shape[1] >= SMALLEST_EMBEDDING[1]
         is_embedding = role in ("embedding", "head") or (role is None and large)
-        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, log_rows, float(is_embedding))
+        embedding = log_rows, float(is_embedding)
+        is_large = 0.0 if is_vector or is_embedding else _is_large(shape, role)
+        return cls(log_numel, float(is_vector), float(is_convolution), fan_ratio, *embedding, is_large)
+
+
+def _is_large(shape: Sequence[int], role: Role | None) -> float:
+    rows, columns, (low, high) = shape[0], math.prod(shape[1:]), LARGE_SIDES
+    if role is None and rows >= LARGE_ASPECT * columns:
+        return 0.0
+    return min(max(math.log(max(min(rows, columns), 1) / low) / math.log(high / low), 0.0), 1.0)
 
 
 class TensorShapes(NamedTuple):
     """What the head needs to know about the shapes of K tensors, in float64."""
 
     numel: Tensor  #: [K], coordinates of each whole tensor; 1 for empty ones
-    context: Tensor  #: [6, K], rows as in :class:`ShapeContext`
+    context: Tensor  #: [7, K], rows as in :class:`ShapeContext`
 
     @classmethod
     def of(

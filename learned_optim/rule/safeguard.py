@@ -59,6 +59,7 @@ def guarded(coeff: Coefficients, state: TensorState, numel: Tensor) -> tuple[Coe
         inverse_rms_u=coeff.inverse_rms_u * part,
         inverse_rms_p=coeff.inverse_rms_p * part,
         orthogonal=coeff.orthogonal * part,
+        decay=coeff.decay * part,
         hidden=hidden,
     )
     return faded, state._replace(trust=trust)

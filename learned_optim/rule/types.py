@@ -22,11 +22,17 @@ class Hyperparameters(NamedTuple):
     weight_decay: Spread
 
 
+#: The learning rate below which the rule's own weight decay falls with its square. Fine-tuning, at a tenth of it and
+#: less, is to keep what was learned before: by how much noise moves parameters falls with the square, too.
+FULL_DECAY_LR = 1e-3
+
+
 class StepScalars(NamedTuple):
     """What all tensors of a group share in step t; computed once, outside the elementwise work."""
 
     lr: Spread
     retained: Spread  #: 1 - lr weight_decay
+    decay_lr: Spread  #: lr min(1, lr / FULL_DECAY_LR): what the rule's own decay is multiplied by
     beta2: Spread
     rest1: Spread  #: 1 - beta1, not from a rounded beta1
     rest2: Spread  #: 1 - beta2
@@ -40,9 +46,12 @@ class StepScalars(NamedTuple):
         lr, beta1, beta2, eps, weight_decay = hyper
         # With eps = 0 a gradient that was always zero would be 0 / 0.
         eps = eps.clamp(min=1e-20) if isinstance(eps, Tensor) else max(eps, 1e-20)
+        share = lr / FULL_DECAY_LR
+        share = share.clamp(max=1.0) if isinstance(share, Tensor) else min(share, 1.0)
         return cls(
-            lr=lr, retained=1.0 - lr * weight_decay, beta2=beta2, rest1=1.0 - beta1, rest2=1.0 - beta2, eps=eps,
-            bias_correction1=1.0 - beta1**step, root_bias_correction2=(1.0 - beta2**step) ** 0.5,
+            lr=lr, retained=1.0 - lr * weight_decay, decay_lr=lr * share, beta2=beta2, rest1=1.0 - beta1,
+            rest2=1.0 - beta2, eps=eps, bias_correction1=1.0 - beta1**step,
+            root_bias_correction2=(1.0 - beta2**step) ** 0.5,
         )  # fmt: skip
 
 
@@ -107,6 +116,7 @@ class Coefficients(NamedTuple):
     inverse_rms_u: Spread
     inverse_rms_p: Spread
     orthogonal: Spread  #: how much of a matrix's update is orthogonalised, in [0, 1]
+    decay: Spread  #: weight decay beside the user's, in the same unit
     gate_floor: Spread  #: 1 / age
     hidden: Sequence[Spread]  #: s w_j
     rates: Sequence[Spread]  #: rate_j(age) f(C_j . c)

@@ -13,7 +13,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                caution
     d  = orthogonalised where d is a matrix, and damped where that turns it far      see orthogonalize.py
-    p' = p - lr weight_decay p - lr d
+    p' = p - lr (weight_decay + omega max(0, D . c) min(1, lr / 1e-3)) p - lr d
 
 with rate_j(t) = k_j / (t + k_j - 1) for growing windows and constants otherwise, f the bounded ratio of
 :func:`~learned_optim.rule.ops.bounded_ratio`, and s, w, kappa from the tensor head, a linear map of the tensor's
@@ -93,7 +93,8 @@ def update(
         weights, config, layout, param, grad, state, tensor_state, step, hyper, fixed_scale=fixed_scale
     )
     share = config.orthogonal if tensor_state.trust is None else coeff.orthogonal
-    return orthogonalize_and_move(config, layout, param, d, step, hyper, share), state, tensor_state
+    decay = torch.as_tensor(coeff.decay)
+    return orthogonalize_and_move(config, layout, param, d, step, hyper, share, decay), state, tensor_state
 
 
 def direction(
@@ -135,11 +136,18 @@ def orthogonalize_and_move(
     step: Spread,
     hyper: Hyperparameters,
     share: Spread,
+    decay: Tensor,
 ) -> Tensor:
-    """New parameters, [n], from the direction that :func:`direction` returned; ``share`` is a number or [K]."""
+    """New parameters, [n], from the direction that :func:`direction` returned.
+
+    Args:
+        share: how much of a matrix is orthogonalised, a number or [K].
+        decay: of the coefficients, [K].
+    """
     if config.orthogonal:
         d = orthogonalize_all(config.orthogonalization, d, layout, share)
-    return move(param, d, StepScalars.at(step, hyper))
+    (spread,) = layout.spread(decay.to(param.dtype).unsqueeze(0))
+    return move(param, d, StepScalars.at(step, hyper), spread)
 
 
 class Moments(NamedTuple):
@@ -223,6 +231,7 @@ def coefficients(
         inverse_rms_u=inverse_u,
         inverse_rms_p=inverse_p,
         orthogonal=torch.full_like(momentum, config.orthogonal),
+        decay=_decay(weights, config, context),
         gate_floor=1.0 / state.age,
         hidden=hidden,
         rates=CELLS[config.cell].rates(weights, config, context, state.age),
@@ -240,6 +249,14 @@ def _paced(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor,
         (said,) = per_column(weights["pace"], context).unbind()
         change = change + config.pace_rate * said
     return (state.log_pace + change.clamp(max=config.pace_growth)).clamp(-config.pace_bound, config.pace_bound)
+
+
+def _decay(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor) -> Tensor:
+    """The weight decay that the rule itself asks for, [K], 0 or more."""
+    if not config.decay_rate:
+        return torch.full_like(context[0], 0.0)
+    (said,) = per_column(weights["decay"], context).unbind()
+    return config.decay_rate * said.clamp(min=0.0)
 
 
 def _kept_share(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor) -> Tensor:
@@ -279,9 +296,9 @@ def apply(
     return d, CoordinateState(m, v, tuple(hidden))
 
 
-def move(param: Tensor, d: Tensor, scalars: StepScalars) -> Tensor:
-    """The parameters after a step along d."""
-    return add_product(param * scalars.retained, -scalars.lr, d)
+def move(param: Tensor, d: Tensor, scalars: StepScalars, decay: Spread) -> Tensor:
+    """The parameters after a step along d, with the rule's own weight decay beside the user's."""
+    return add_product(param * (scalars.retained - scalars.decay_lr * decay), -scalars.lr, d)
 
 
 def initial_state(

@@ -306,7 +306,7 @@ def test_shapes_are_resolved_and_unused_operations_left_out():
 
 # --- whole policies -------------------------------------------------------------------------------------------------
 
-BUNDLED = ("default", "reader")
+BUNDLED = ("default", "pretraining", "reader")
 
 
 def both_after_steps(policy, dtype=torch.float32, **options):

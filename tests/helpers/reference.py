@@ -87,6 +87,9 @@ class ReferenceTensor:
             self.age = 1.0 + kept * (self.age - 1.0)
             self.pace *= kept
             context = self.context(p, u, b, h1)
+        if config.decay_rate > 0.0:
+            own = config.decay_rate * max(0.0, dot(self.weights["decay"][0], context))
+            weight_decay += own * min(lr / 1e-3, 1.0)  # falls with the square of small learning rates
         scale, weight_b, weight_u, kappa, weight_h = self.head(context)
         scale *= math.exp(self.pace)
         rates = self.rates(context)
@@ -172,6 +175,9 @@ class ReferenceTensor:
         small = 0.0
         if rows >= 256 and self.shape[1] >= 16:
             small = clamp(-math.log(max(rms(p), 1e-4)), 0.0, 3.0)
+        large, rows_and_columns = 0.0, (self.shape[0], len(p) // self.shape[0]) if self.shape else (1, 1)
+        if len(self.shape) >= 2 and rows_and_columns[0] < 8 * rows_and_columns[1]:
+            large = clamp(math.log2(min(rows_and_columns) / 64.0), 0.0, 1.0)
         values = {
             "bias": 1.0,
             "log_age": math.log(self.age),
@@ -188,6 +194,7 @@ class ReferenceTensor:
             "log_sparsity": math.log(clamp(sparsity, 1e-3, 1.0)),
             "log_rare_rows": rare_rows,
             "log_small_embedding": max(small - rare_rows, 0.0),
+            "is_large": large,
         }
         bound = config.context_bound
         return [

@@ -22,9 +22,11 @@ def random_policy(config=None, seed=0, std=0.2):
 POLICIES = {
     "base": Policy(),
     "random": random_policy(),
-    "gru": random_policy(PolicyConfig.gru()),
+    "gru": random_policy(PolicyConfig.gru(decay_rate=0.3)),
     "orthogonal": random_policy(
-        PolicyConfig(orthogonal=0.7, orthogonal_damping=1.5, pace_gain=0.2, pace_growth=0.1, age_rate=0.5)
+        PolicyConfig(
+            orthogonal=0.7, orthogonal_damping=1.5, pace_gain=0.2, pace_growth=0.1, age_rate=0.5, decay_rate=0.5
+        )
     ),
 }
 

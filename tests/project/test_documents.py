@@ -172,10 +172,16 @@ def test_the_recipe_makes_the_bundled_policy_but_for_what_was_learned(tmp_path: 
         torch.save({"weights": learned}, f"{run}/{step}.pt")
     exec(compile("\n" * (line - 1) + code, "RECIPE.md", "exec"), {})
     last = max(int(folder.name.removeprefix("stage")) for folder in tmp_path.glob("stage*"))
-    made, bundled = Policy.from_pretrained(f"stage{last}"), Policy.from_pretrained("default")
-    assert made.config == bundled.config
-    for name in ("age", "gate_context", "gate_features"):  # all that nothing was learned for
-        assert torch.equal(made.state_dict()[name], bundled.state_dict()[name])
+    for folder, bundled_as in ((f"stage{last}", "default"), ("pretraining", "pretraining")):
+        made, bundled = Policy.from_pretrained(folder), Policy.from_pretrained(bundled_as)
+        assert made.config == bundled.config
+        for name in {"age", "decay", "gate_context", "gate_features"} & set(made.weights()):  # nothing learned there
+            assert torch.equal(made.state_dict()[name], bundled.state_dict()[name])
+    # What is set by hand stands in a column of its own; all else is default's.
+    default, own = Policy.from_pretrained("default").state_dict(), bundled.state_dict()
+    assert torch.equal(own["head"][:, -1], made.state_dict()["head"][:, -1])
+    for name, weight in default.items():
+        assert torch.equal(own[name][..., : weight.shape[-1]], weight)
 
 
 def test_every_picture_is_shown() -> None:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 # Told apart by those who do not see all colours too (Okabe and Ito 2008).
 _RIVALS = {"AdamW": "#000000", "Muon": "#009E73", "SOAP": "#8A8D00"}
+_MARKERS = "osD^vP"
 _OURS = ("#D55E00", "#E69F00", "#56B4E9", "#CC79A7")
 
 
@@ -42,12 +43,14 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
 def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None:
     for line, style in (("text", "-"), ("images", ":")):
         own = [row for row in rows if row.model.line == line]
-        for i in range(2):  # constant, with decay
+        settings = dict.fromkeys(runs.name for row in own for runs in row.ours)  # of each policy constant, then decay
+        for i, setting in enumerate(settings):
             for name, colour in _RIVALS.items():
                 points = []
                 for row in own:
                     rival = next((r for r in row.rivals if r.name == name), None)
-                    found = compare(row.ours[i], rival) if rival is not None and i < len(row.ours) else None
+                    ours = next((o for o in row.ours if o.name == setting), None)
+                    found = compare(ours, rival) if ours is not None and rival is not None else None
                     if found is not None:
                         factor = 1.0 / found.iteration if in_time else 1.0
                         points.append(
@@ -56,9 +59,9 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
                 if points:
                     x, y, deviation = zip(*points, strict=True)
                     axes.errorbar(
-                        x, y, yerr=deviation, color=colour, linestyle=style, marker="os"[i], markersize=5, capsize=2,
-                        markerfacecolor="white" if i else colour,
-                        label=f"{line}: {own[0].ours[i].name}, over {name}",
+                        x, y, yerr=deviation, color=colour, linestyle=style, marker=_MARKERS[i % len(_MARKERS)],
+                        markersize=5, capsize=2, markerfacecolor="white" if i % 2 else colour,
+                        label=f"{line}: {setting}, over {name}",
                     )  # fmt: skip
     missing = [row.model.parameters for row in rows if not any(compare(o, r) for o in row.ours for r in row.rivals)]
     if missing:
