@@ -2,9 +2,9 @@
 
 In each folder of pretrained/, ``results.json`` gets what the card says besides the bench's figures: what the policy is
 for (``PURPOSES``), what its tasks are called (``TASKS`` of tools/readme_tables.py), and the time of a training
-iteration over AdamW's, from docs/results/iteration.json. README.md and the checksums in config.json follow; weights
-stay as they are. To be run after a policy was replaced or measured again. ``--check`` changes nothing and fails if a
-file is not current.
+iteration over AdamW's, from docs/results/iteration.json; of ``pretraining``, the scale suite's figures. README.md and
+the checksums in config.json follow; weights stay as they are. To be run after a policy was replaced or measured again.
+``--check`` changes nothing and fails if a file is not current.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent))
 import readme_tables
+import scale_tables
 
 from learned_optim import Policy
 
@@ -44,6 +45,8 @@ def completed(results: dict[str, Any], name: str, measured: readme_tables.Result
         raise ValueError(f"what is {name!r} for? Add a sentence to PURPOSES in {Path(__file__).name}")
     made = {"bundled_as": name, "purpose": PURPOSES[name], **copy.deepcopy(results)}
     made["purpose"] = PURPOSES[name]
+    if name == "pretraining":
+        made["evaluation"] = scale_tables.evaluation_of(name, measured)
     iterations = measured["iteration"]["tasks"] if "iteration" in measured else {}
     for task in (made.get("evaluation") or {}).get("tasks") or []:
         task["title"] = readme_tables.title(task)

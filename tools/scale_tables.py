@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from learned_optim.bench.scale import report
 from learned_optim.bench.scale.cells import read_all
@@ -55,6 +56,25 @@ def speedup_of(model: str, rival: int, policy: str) -> Callable[[Results], str]:
         return report.MISSING if comparison is None else f"{comparison.steps:.2f}"
 
     return figure
+
+
+def evaluation_of(policy: str, results: Results) -> dict[str, Any]:
+    """What the card of a policy says of these runs: speedups in steps, of each model that was measured."""
+    figures: dict[str, str] = {}
+    for row in rows(results):
+        for runs, rival in itertools.product(row.ours, row.rivals):
+            found = compare(runs, rival) if runs.name.startswith(f"{policy},") else None
+            if found is not None:
+                what = runs.name.removeprefix(f"{policy}, ")
+                figures[f"{row.model.name}, {what}: speedup in steps over {rival.name}"] = report.speedup(
+                    found, rival, time=False
+                )
+    return {
+        "suite": "transformers on text, held-out loss at the end",
+        "reference": "AdamW and Muon, tuned for each model, with warm-up and decay",
+        "command": f"learned-optim bench --suite scale --policies {policy}",
+        "summary": figures,
+    }
 
 
 #: By name.

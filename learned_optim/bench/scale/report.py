@@ -40,7 +40,7 @@ def speedups(rows: Sequence[OfModel]) -> str:
             cells = [row.model.name, ours.name]
             for rival in row.rivals:
                 comparison = compare(ours, rival)
-                cells += [_speedup(comparison, rival, time=time) for time in (False, True)]
+                cells += [speedup(comparison, rival, time=time) for time in (False, True)]
             lines.append(cells)
     return _table(head, lines) + _footnote(rows)
 
@@ -89,7 +89,8 @@ def _milliseconds(runs: Runs) -> str:
     return f"{1e3 * min(r.step_seconds for r in runs.results):.3g}" if runs.results else MISSING
 
 
-def _speedup(comparison: Comparison | None, rival: Runs, *, time: bool) -> str:
+def speedup(comparison: Comparison | None, rival: Runs, *, time: bool) -> str:
+    """In steps or in time, with its deviation; what is missing, if there is none."""
     if comparison is None:
         return "rival diverged" if rival.results and all(r.diverged for r in rival.results) else MISSING
     factor = 1.0 / comparison.iteration if time else 1.0
