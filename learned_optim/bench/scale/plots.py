@@ -35,13 +35,13 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
     time.set(title="in time")
     legend(figure, steps, columns=4)
     figure.suptitle(
-        "Default arguments against rivals tuned for each model: speedup to the rival's final held-out loss", fontsize=11
+        "Nothing tuned against rivals tuned for each model: speedup to the rival's final held-out loss", fontsize=11
     )
     return save(figure, path)
 
 
 def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None:
-    for line, style in (("text", "-"), ("images", ":")):
+    for line, styles in (("text", ("-", "--")), ("images", (":", "-."))):
         own = [row for row in rows if row.model.line == line]
         settings = dict.fromkeys(runs.name for row in own for runs in row.ours)  # of each policy constant, then decay
         for i, setting in enumerate(settings):
@@ -59,8 +59,9 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
                 if points:
                     x, y, deviation = zip(*points, strict=True)
                     axes.errorbar(
-                        x, y, yerr=deviation, color=colour, linestyle=style, marker=_MARKERS[i % len(_MARKERS)],
-                        markersize=5, capsize=2, markerfacecolor="white" if i % 2 else colour,
+                        x, y, yerr=deviation, color=colour, linestyle=styles[i // 2 % 2],
+                        marker=_MARKERS[i % len(_MARKERS)], markersize=5, capsize=2,
+                        markerfacecolor="white" if i % 2 else colour,
                         label=f"{line}: {setting}, over {name}",
                     )  # fmt: skip
     missing = [row.model.parameters for row in rows if not any(compare(o, r) for o in row.ours for r in row.rivals)]
