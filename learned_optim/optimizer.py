@@ -41,7 +41,7 @@ class LearnedOptimizer(Optimizer):
             m   = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
             u   = g / (sqrt(v_hat) + eps),      b = m_hat / (sqrt(v_hat) + eps)     bias-corrected
             c   = context of the tensor: its shape, log t, rms of p, u, b, h_1, cosine of g and m
-            s, w, kappa, rates, l = head(c)                                         once per tensor
+            s, w, kappa, rates, decay = head(c)                                     once per tensor
             x   = features of the coordinate: u, b, h_1, p over their rms
             z_j = clamp(rate_j f(W_j x), 1/t, 1)
             h_j = h_j + z_j (u - h_j)                                               recurrent, H per coordinate
@@ -52,7 +52,7 @@ class LearnedOptimizer(Optimizer):
                 o = polar(d) |d| / |polar(d)|,   c = <d, o> / |d|^2                 by blocks; |.|: Frobenius norm
                 e = d + w (o - d)
                 d = e |d| / |e| min(1, c / 0.7)^(q w)                               damped where it turns far
-            p   = p - lr (weight_decay + l min(1, lr / 1e-3)) p - lr d
+            p   = p - lr (weight_decay + decay min(1, lr / 1e-3)) p - lr d
 
     ``lr`` has Adam's unit and scales the whole update; an existing learning rate and schedule carry over, but the
     rule shrinks its own steps as noise averages out, so a schedule is not needed.
@@ -63,7 +63,7 @@ class LearnedOptimizer(Optimizer):
         betas: decay rates of m and v; ``None`` takes the policy's own.
         eps: added to the denominator, in units of the gradient; ``None`` takes the policy's own.
         weight_decay: decoupled, as in AdamW. A policy may add some of its own, as ``pretraining`` does for large
-            matrices; at learning rates below 1e-3 that falls with their square.
+            matrices, also with 0 here; at learning rates below 1e-3 that falls with their square.
         policy: bundled name, folder, Hub id (``"owner/name"`` or ``"owner/name@revision"``), or a :class:`Policy`.
             A bundled name touches no network.
         revision: branch, tag or commit of a Hub id.

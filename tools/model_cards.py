@@ -27,9 +27,10 @@ PURPOSES = {
     "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
     "orthogonalises the updates of matrices, as Muon does. Not for fine-tuning on little data, and not for models that "
     "are mostly a large embedding.",
-    "pretraining": "For networks of width 100 and more that are trained from scratch for thousands of steps on data "
-    "they see few times, as language models are. Smaller matrices are updated as by default. Not for runs of some "
-    "hundred steps, nor where a training set is to be memorised: default takes a third fewer steps there.",
+    "pretraining": "For networks of width 128 and more that are trained from scratch for thousands of steps on data "
+    "they see few times, as language models are. Matrices of up to 64 rows or columns are updated as by `default`. Not "
+    "for runs of some hundred steps, nor where a training set is to be memorised: `default` takes a third fewer steps "
+    "there.",
     "reader": "For a language model that learns while it reads, and for nothing else: it moves the weights of a "
     "trained model after every few words of a text.",
 }

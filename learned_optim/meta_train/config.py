@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 Estimator = Literal["backprop", "es", "guided", "pes", "mixed"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
-Part = Literal["pace", "age", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
+Part = Literal["pace", "age", "decay", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
 
 #: Parts of the tensor head, thirteen numbers each: in which direction they move its outputs, which are the logarithms
 #: of step size, weights of momentum and gradient, odds of caution, and weights of the hidden units.

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 PARTS = {
     "pace": ("pace",),
     "age": ("age",),
+    "decay": ("decay",),
     "step_size": ("head",),  # in one direction of its outputs only, as the two that follow
     "averaging": ("head",),
     "caution": ("head",),
@@ -48,6 +49,8 @@ class Policy(nn.Module):
     ===============  ==================  =======================================================
     head             [outputs, context]  step size, mixture and caution of a tensor
     pace             [1, context]        what a tensor's step size grows or shrinks by (where ``pace_rate`` is not 0)
+    age              [1, context]        when the problem counts as new (where ``age_rate`` is not 0)
+    decay            [1, context]        weight decay beside the user's (where ``decay_rate`` is not 0)
     gate_context     [hidden, context]   shifts a tensor's gates (gated cell)
     gate_features    [hidden, features]  shifts a coordinate's gates (gated cell)
     amplitude        [features]          shifts a coordinate's amplitude (gated cell)

@@ -52,8 +52,8 @@ class PolicyConfig:
         age_rate: a tensor's age, the number of steps that windows and context count, is multiplied in a step by
             exp(-age_rate x), with x what its weights say of the context where that is positive; 0 does without weights,
             and the age is the number of steps.
-        decay_rate: the rule's own weight decay, in units of the user's, per unit of what its weights say of the context
-            where that is positive; 0 does without weights, and decay is the user's alone.
+        decay_rate: the rule's own weight decay, in the unit of ``weight_decay``, per unit of what its weights say of
+            the context where that is positive; 0 does without weights, and decay is the user's alone.
         orthogonal: how much of a matrix's update is orthogonalised, in [0, 1]; 0 does without, which saves matrix
             products. See :mod:`learned_optim.rule.orthogonalize`, also for the next seven.
         orthogonal_method: name out of ``POLAR_METHODS``.

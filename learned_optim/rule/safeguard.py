@@ -38,7 +38,8 @@ def guarded(coeff: Coefficients, state: TensorState, numel: Tensor) -> tuple[Coe
 
     Returns:
         Coefficients, and the state with the new trust. With trust 0 they are AdamW's: momentum alone, no amplitude, no
-        caution, no orthogonalising. Features are scaled by the trust, so that amplitude and gates fade with it.
+        caution, no orthogonalising, no decay of its own. Features are scaled by the trust, so that amplitude and gates
+        fade with it.
     """
     if state.trust is None:
         return coeff, state

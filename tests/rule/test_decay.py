@@ -12,6 +12,7 @@ from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 from learned_optim.rule.layouts import ShapeContext
 
 SHAPES = (160, 130), (64, 48, 3, 3), (30, 20), (300, 16), (50,), ()
+LARGE = (160, 130), (160, 130), (256, 256)
 BACKENDS = pytest.mark.parametrize("backend", ["eager", "compiled"])
 
 
@@ -94,3 +95,44 @@ def test_diagnostics_name_it():
 )
 def test_large_are_matrices_of_many_rows_and_columns(shape, role, is_large):
     assert ShapeContext.of(shape, role).is_large == pytest.approx(is_large, abs=1e-3)
+
+
+@BACKENDS
+def test_every_matrix_of_a_batch_decays_by_its_own(backend):
+    """Two of one shape, which are orthogonalised together, and one whose step is a single product."""
+    with_decay, without = decaying(3.0, column="log_rms_p"), decaying(0.0)
+    before = [p.detach() * scale for p, scale in zip(leaves(*LARGE), (1.0, 0.2, 1.0), strict=True)]
+    moved, decays = [], []
+    for policy in (with_decay, without):
+        params = [p.clone().requires_grad_() for p in before]
+        give_gradients(params, 0)
+        optimizer = LearnedOptimizer(params, lr=0.01, policy=policy, backend=backend)
+        optimizer.step()
+        moved.append([p.detach() for p in params])
+        decays.append([row["decay"] for row in optimizer.diagnostics().values()])
+    assert decays[0][0] > decays[0][1] + 1.0
+    assert decays[1] == [0.0, 0.0, 0.0]
+    for old, decay, one, other in zip(before, decays[0], *moved, strict=True):
+        torch.testing.assert_close(one - other, -0.01 * decay * old, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(1e-4)])
+def test_pretraining_is_default_where_matrices_are_small(lr):
+    made = []
+    for policy in ("default", "pretraining"):
+        params = leaves((64, 300), (64, 16, 3, 3), (1024, 100), (7,), ())
+        optimizer = LearnedOptimizer(params, lr=lr, policy=policy)
+        for step in range(3):
+            give_gradients(params, step)
+            optimizer.step()
+        made.append(params)
+    for one, other in zip(*made, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_without_a_learning_rate_nothing_moves():
+    params = leaves((160, 130), (256, 256))
+    before = [p.detach().clone() for p in params]
+    give_gradients(params, 0)
+    LearnedOptimizer(params, lr=0.0, policy="pretraining").step()
+    assert all(map(torch.equal, params, before))
