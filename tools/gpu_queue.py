@@ -221,8 +221,8 @@ def scale_cells(options: argparse.Namespace) -> None:
 
     models = ("images-0.3M",) if options.tiny else ()
     cells = ("*.default.*",) if options.tiny else ()
-    config = ScaleConfig(device=options.device, minutes=options.minutes, quick=options.tiny, models=models, cells=cells,
-                         cache=options.cache)  # fmt: skip
+    config = ScaleConfig(policies=("default", "pretraining"), device=options.device, minutes=options.minutes,
+                         quick=options.tiny, models=models, cells=cells, cache=options.cache)  # fmt: skip
     scale = Scale(config, load_policies(config.policies), options.work)
     complete = scale.run(lambda what, left: print(f"{what}; {len(left)} cells missing", flush=True))
     print("no cell is missing" if complete else "time is up")

@@ -119,7 +119,7 @@ def test_a_policy_is_fine_tuned_from_a_folder(tmp_path):
 
 
 def test_what_is_learned_where_nothing_is_said_depends_on_the_estimator():
-    everything = ("pace", "age", "tensor_head", "gates", "amplitude", "gru")
+    everything = ("pace", "age", "decay", "tensor_head", "gates", "amplitude", "gru")
     es, backprop = (settings(parts=(), estimator=estimator) for estimator in ("es", "backprop"))
     assert es.with_parts(is_mixture=True).parts == ("pace", "step_size")
     assert es.with_parts(is_mixture=False).parts == everything

@@ -47,8 +47,8 @@ def test_a_lost_bias_correction_is_caught_by_the_transcription(policy):
 def test_a_coordinate_left_out_at_a_chunk_border_is_caught(edge, monkeypatch):
     original = update.move
 
-    def faulty(param, d, scalars):
-        moved = original(param, d, scalars)
+    def faulty(param, d, scalars, decay):
+        moved = original(param, d, scalars, decay)
         if len(moved) > 1:
             moved[edge] = param[edge]
         return moved
@@ -131,8 +131,8 @@ def test_statistics_that_leak_between_tensors_are_caught(monkeypatch):
 def test_arithmetic_in_the_parameters_dtype_is_caught(monkeypatch):
     original = update.move
 
-    def faulty(param, d, scalars):
-        return param + (original(param, d, scalars) - param).bfloat16().float()
+    def faulty(param, d, scalars, decay):
+        return param + (original(param, d, scalars, decay) - param).bfloat16().float()
 
     params = leaves((5, 4), dtype=torch.bfloat16)
     reference = [p.detach().float().requires_grad_() for p in params]
