@@ -304,7 +304,7 @@ def _move_along_blocks(head: TensorHead, batch: list[_Alike], x: Tensor, scale: 
         matrix = first.matrices(param.unsqueeze(0))[0]
         matrix = matrix.mT if rows > columns else matrix
         scalars: Any = first.context.scalars
-        retained = scalars.retained - scalars.decay_lr * float(batch[0].decays[0])
+        retained = scalars.retained_with(float(batch[0].decays[0]))
         matrix.unflatten(0, x.shape[:2]).baddbmm_(scale, x, beta=retained, alpha=-scalars.lr)
     else:
         for g, d in zip(batch, along_blocks(scale, x).split([len(g.blocks) for g in batch]), strict=True):

@@ -54,6 +54,10 @@ class StepScalars(NamedTuple):
             root_bias_correction2=(1.0 - beta2**step) ** 0.5,
         )  # fmt: skip
 
+    def retained_with(self, decay: Spread) -> Spread:
+        """``retained``, less what the rule's own decay takes."""
+        return self.retained - self.decay_lr * decay
+
 
 class CoordinateState(NamedTuple):
     """What every coordinate keeps from step to step, each [n] like the parameters."""

@@ -146,8 +146,10 @@ def orthogonalize_and_move(
     """
     if config.orthogonal:
         d = orthogonalize_all(config.orthogonalization, d, layout, share)
-    (spread,) = layout.spread(decay.to(param.dtype).unsqueeze(0))
-    return move(param, d, StepScalars.at(step, hyper), spread)
+    own: Spread = 0.0
+    if config.decay_rate:
+        (own,) = layout.spread(decay.to(param.dtype).unsqueeze(0))
+    return move(param, d, StepScalars.at(step, hyper), own)
 
 
 class Moments(NamedTuple):
@@ -298,7 +300,7 @@ def apply(
 
 def move(param: Tensor, d: Tensor, scalars: StepScalars, decay: Spread) -> Tensor:
     """The parameters after a step along d, with the rule's own weight decay beside the user's."""
-    return add_product(param * (scalars.retained - scalars.decay_lr * decay), -scalars.lr, d)
+    return add_product(param * scalars.retained_with(decay), -scalars.lr, d)
 
 
 def initial_state(
