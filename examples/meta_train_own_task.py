@@ -61,9 +61,7 @@ def main() -> None:
     parser.add_argument("--out", default=None, help="folder for the run and the policy")
     args = parser.parse_args()
     torch.set_num_threads(1)  # for networks as small as these, several are slower
-    config = MetaTrainConfig(
-        outer_steps=args.outer_steps, start=args.start, inner_lr=INNER_LR, max_length=0, validation_length=0
-    )  # trajectories of the task's own length, always
+    config = MetaTrainConfig(outer_steps=args.outer_steps, start=args.start, inner_lr=INNER_LR)
     result = meta_train(config, tasks=[Spirals()], out=args.out)
     before = final_losses(Policy.from_pretrained(args.start), args.seeds)
     after = final_losses(result.policy, args.seeds)

@@ -127,7 +127,7 @@ class _Run:
         self.policy.source = "meta-trained"
         self.source = TaskSource(families, config, start.config)
         self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
-        self.backend: str = chosen_backend(config, start.config)
+        self.backend: str = chosen_backend(config, start.config, families)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
         self.guides: list[Weights] = []  #: recent back-propagated gradients (``guided``)
         self.aggregator = GradientAggregator(config.clip, by_family=not config.compares_runs)

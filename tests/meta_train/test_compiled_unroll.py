@@ -1,5 +1,8 @@
 """The compiled unroll is the eager one, faster; and it is compiled once."""
 
+import dataclasses
+from typing import Any, NamedTuple
+
 import pytest
 import torch
 from torch import nn
@@ -12,6 +15,7 @@ from learned_optim.meta_train.backend import chosen_backend, planned_inner_steps
 from learned_optim.meta_train.problem import ROW, Problem
 from learned_optim.meta_train.unroll import unroll
 from learned_optim.rule.types import Hyperparameters
+from learned_optim.tasks import get_families
 
 HYPER = Hyperparameters(3e-2, 0.9, 0.999, 1e-8, 0.01)
 
@@ -78,7 +82,7 @@ def test_padding_stays_zero_and_is_not_counted():
 @pytest.mark.parametrize(
     ("config", "expected"),
     [
-        (MetaTrainConfig(outer_steps=4), "eager"),
+        (MetaTrainConfig(outer_steps=3), "eager"),
         (MetaTrainConfig(outer_steps=400), "compiled"),
         (MetaTrainConfig(outer_steps=400, backend="eager"), "eager"),
         (MetaTrainConfig(outer_steps=400, estimator="backprop", unroll_length=5), "eager"),
@@ -87,15 +91,21 @@ def test_padding_stays_zero_and_is_not_counted():
 )
 def test_long_runs_are_compiled(monkeypatch, config, expected):
     monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: "c++")
-    assert chosen_backend(config, PolicyConfig()) == expected
-    assert chosen_backend(config, PolicyConfig.gru()) == config.backend.replace("auto", "eager")
+    assert chosen_backend(config, PolicyConfig(), get_families(("train",))) == expected
+    assert chosen_backend(config, PolicyConfig.gru(), get_families(("train",))) == config.backend.replace("auto", "eager")
     monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: None)
-    assert chosen_backend(config, PolicyConfig()) == config.backend.replace("auto", "eager")
+    assert chosen_backend(config, PolicyConfig(), get_families(("train",))) == config.backend.replace("auto", "eager")
 
 
-def test_planned_inner_steps_count_both_runs_of_a_pair():
-    config = MetaTrainConfig(outer_steps=3, meta_batch=2, max_length=50, unroll_length=7)
-    assert planned_inner_steps(config) == 3 * 2 * 2 * 50
-    assert (
-        planned_inner_steps(MetaTrainConfig(outer_steps=3, meta_batch=2, estimator="backprop", unroll_length=7)) == 42
-    )
+class Long(NamedTuple):
+    """As much of a task as planning sees."""
+
+    length: int
+
+
+def test_planned_inner_steps_count_both_runs_of_a_pair_and_the_tasks_own_lengths() -> None:
+    config = MetaTrainConfig(outer_steps=3, meta_batch=2, unroll_length=7)
+    tasks: Any = [Long(30), Long(90)]
+    assert planned_inner_steps(config, tasks) == 3 * 2 * 2 * 60
+    assert planned_inner_steps(dataclasses.replace(config, max_length=50), tasks) == 3 * 2 * 2 * 40
+    assert planned_inner_steps(dataclasses.replace(config, estimator="backprop"), tasks) == 42

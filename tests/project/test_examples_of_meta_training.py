@@ -21,6 +21,16 @@ def test_a_task_of_ones_own_is_compared_on_unseen_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
+def test_two_tasks_of_ones_own_are_compared_on_unseen_seeds(tmp_path: Path) -> None:
+    printed = run_script(
+        "examples/meta_train_two_tasks.py", "--outer-steps", 1, "--seeds", 1, "--out", "run", cwd=tmp_path
+    )
+    line = r"{}: [\d.]+ times as fast as before \(faster on [01] of 1 unseen seeds\), held-out loss [\d.]+ of what it was"
+    assert re.search(line.format("sensors"), printed)
+    assert re.search(line.format("strokes"), printed)
+    assert (tmp_path / "run" / "best" / "model.safetensors").exists()
+
+
 def test_learned_initial_parameters_beat_the_usual_ones(tmp_path: Path) -> None:
     # The full example reaches more than five times less; see its docstring.
     printed = run_script("examples/learn_init.py", "--outer-steps", 60, "--tasks", 60, cwd=tmp_path)
