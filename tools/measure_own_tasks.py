@@ -18,10 +18,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "examples"))
+import torch
 from meta_train_two_tasks import SENSORS, STROKES, gain  # pyright: ignore[reportMissingImports]
 
 from learned_optim import Policy

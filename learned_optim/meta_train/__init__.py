@@ -7,6 +7,7 @@ result.py            what it leaves behind
 trajectories.py      which task, seed and length comes next, and how far it has come
 estimators.py        back-propagation, ES, PES: from a trajectory to a meta-gradient
 guided.py            ES in directions that back-propagation points out
+imitation.py         back-propagation of how far updates are from a teacher's
 estimator_choice.py  the one that a configuration names
 meta_loss.py         what is minimised
 time_ratio.py        the time one run takes over another's, which ES and validation compare

@@ -30,7 +30,7 @@ def chosen_backend(
     """
     if config.backend != "auto":
         return config.backend
-    if not CELLS[policy.cell].is_mixture or find_compiler(config.device) is None:
+    if config.estimator == "imitation" or not CELLS[policy.cell].is_mixture or find_compiler(config.device) is None:
         return "eager"
     return "compiled" if planned_inner_steps(config, tasks) >= WORTH_COMPILING[config.estimator] else "eager"
 

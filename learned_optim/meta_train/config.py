@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-Estimator = Literal["backprop", "es", "guided", "pes", "mixed"]
+Estimator = Literal["backprop", "es", "guided", "pes", "mixed", "imitation"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
 Part = Literal["pace", "age", "decay", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
 
@@ -45,13 +45,16 @@ class MetaTrainConfig:
             in directions that back-propagation through windows points out (Maheswaranathan et al. 2019; see
             :mod:`learned_optim.meta_train.guided`). ``pes``: persistent evolution strategies, unbiased over truncated
             trajectories (Vicol et al. 2021). ``mixed``: half the meta-batch each of ``backprop`` and ``pes``, mixed by
-            inverse variance (Metz et al. 2019).
+            inverse variance (Metz et al. 2019). ``imitation``: back-propagation of how far the policy's updates are
+            from a teacher's (Chen et al. 2020; see :mod:`learned_optim.meta_train.imitation`).
+        teacher: the policy that is imitated, or whatever ``Policy.from_pretrained`` takes (``imitation``).
         meta_batch: trajectories per outer step (``es``, ``guided``: tasks; ``pes``: antithetic pairs of particles).
         pairs: antithetic pairs per task (``es``, ``guided``). Several are vectorized, run as one batch of networks: for
             small networks, and on a GPU, a fraction of the time that they take one by one.
         guides: outer steps whose back-propagated gradients span the subspace of the perturbations (``guided``).
         guide_share: share of the perturbations that lies in it, in [0, 1); the rest goes in all directions alike.
-        unroll_length: inner steps per truncation (``backprop``, ``pes``), or of the shortest window (``guided``).
+        unroll_length: inner steps per truncation (``backprop``, ``pes``, ``imitation``), or of the shortest window
+            (``guided``).
         second_order: differentiate through the inner gradients too; exact, and slower (``backprop``).
         checkpoint_segment: inner steps whose graph is recomputed in the backward pass together, so that memory grows
             with the root of ``unroll_length``; 0 keeps the whole graph (``backprop``).
@@ -100,6 +103,7 @@ class MetaTrainConfig:
     learn: Literal["policy", "init", "both"] = "policy"
     parts: tuple[Part, ...] = ()
     estimator: Estimator = "es"
+    teacher: str = "default"
     meta_batch: int = 4
     pairs: int = 1
     guides: int = 8
@@ -182,6 +186,8 @@ class MetaTrainConfig:
         require(self.device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'")
         require(self.compares_runs or self.device == "cpu", "device", f"'cpu' {of_runs}")
         require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
+        imitates = self.estimator == "imitation"
+        require(not imitates or self.backend != "compiled", "backend", "'auto' or 'eager' for 'imitation'")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
 

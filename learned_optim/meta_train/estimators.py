@@ -14,6 +14,8 @@ PES                  none for the smoothed meta-loss, over    grows with the num
                      truncated trajectories                   estimate per window (Vicol et al. 2021)
 Mixed                between those of BackpropTruncated and   below either's: means of both, weighted by inverse
                      PES                                      variance (Metz et al. 2019)
+Imitation            of the teacher: it is imitated, not      lowest: nothing is back-propagated through the
+                     surpassed                                training (module ``imitation``)
 GuidedES             a positive definite factor on the        of ES in as many dimensions as there are guides, for
                      meta-gradient of ES                      what lies in their span (module ``guided``)
 ===================  =======================================  ====================================================
@@ -70,7 +72,7 @@ class GradientEstimator(Protocol):
         ...
 
 
-class _Truncated:
+class Truncated:
     """Trajectories that are continued, a window at a time, from one outer step to the next.
 
     Args:
@@ -105,7 +107,7 @@ class _Truncated:
         return trajectory, trajectory.window(self.config.unroll_length)
 
 
-class BackpropTruncated(_Truncated):
+class BackpropTruncated(Truncated):
     """Back-propagation through a window of the unrolled inner training (Andrychowicz et al. 2016).
 
     Learns initial parameters too: the name ``init`` among the learned ones.
@@ -160,7 +162,7 @@ def shifted(weights: Mapping[str, Tensor], noise: Weights, sign: float) -> Weigh
     return {n: w.detach() + sign * noise[n].to(w) if n in noise else w.detach() for n, w in weights.items()}
 
 
-class PES(_Truncated):
+class PES(Truncated):
     """Persistent evolution strategies: each of an antithetic pair keeps the sum of its perturbations so far."""
 
     def estimate(
@@ -285,7 +287,7 @@ def run_plan(policy: Policy, plan: Plan, steps: int, backend: str, held_out: boo
     )  # fmt: skip
 
 
-class Mixed(_Truncated):
+class Mixed(Truncated):
     """Back-propagation in the even slots of the meta-batch, PES in the odd ones, of the same windows' meta-loss.
 
     Where the inner training is smooth, back-propagation is the quieter estimate, where it is chaotic PES is; the outer

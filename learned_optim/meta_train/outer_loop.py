@@ -21,7 +21,7 @@ from learned_optim.meta_train.estimators import Estimate, GradientEstimator, Wei
 from learned_optim.meta_train.guided import remember
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
-from learned_optim.meta_train.preflight import check_device, check_tasks, learned_names, starting_policy
+from learned_optim.meta_train.preflight import check_device, check_tasks, learned_names, starting_policy, teacher_of
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.result import MetaTrainResult
@@ -127,6 +127,7 @@ class _Run:
         self.policy.source = "meta-trained"
         self.source = TaskSource(families, config, start.config)
         self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
+        self.teacher = teacher_of(config)
         self.backend: str = chosen_backend(config, start.config, families)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
         self.guides: list[Weights] = []  #: recent back-propagated gradients (``guided``)
@@ -160,7 +161,8 @@ class _Run:
         if folder is not None:
             folder.start(config)
             history = folder.rewind(self.outer_step)
-        estimator = make_estimator(self.source, config, self.meta_loss, self.backend, self.trajectories, self.guides)
+        under_way = (self.trajectories, self.guides, self.teacher)
+        estimator = make_estimator(self.source, config, self.meta_loss, self.backend, *under_way)
         compiling = COMPILING if self.backend == "compiled" else ""
         bar = Progress(
             config, self.outer_step, folder.path if folder else None,

@@ -28,6 +28,11 @@ def starting_policy(config: MetaTrainConfig) -> Policy:
     return Policy.from_pretrained(config.start)
 
 
+def teacher_of(config: MetaTrainConfig) -> Policy | None:
+    """The policy that is imitated, if any."""
+    return Policy.from_pretrained(config.teacher) if config.estimator == "imitation" else None
+
+
 def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:
     """Names of what is learned: meta-parameters of the policy, and ``init`` for initial parameters.
 

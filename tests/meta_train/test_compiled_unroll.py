@@ -90,11 +90,12 @@ def test_padding_stays_zero_and_is_not_counted():
     ],
 )
 def test_long_runs_are_compiled(monkeypatch, config, expected):
+    families = get_families(("train",))
     monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: "c++")
-    assert chosen_backend(config, PolicyConfig(), get_families(("train",))) == expected
-    assert chosen_backend(config, PolicyConfig.gru(), get_families(("train",))) == config.backend.replace("auto", "eager")
+    assert chosen_backend(config, PolicyConfig(), families) == expected
+    assert chosen_backend(config, PolicyConfig.gru(), families) == config.backend.replace("auto", "eager")
     monkeypatch.setattr("learned_optim.meta_train.backend.find_compiler", lambda device: None)
-    assert chosen_backend(config, PolicyConfig(), get_families(("train",))) == config.backend.replace("auto", "eager")
+    assert chosen_backend(config, PolicyConfig(), families) == config.backend.replace("auto", "eager")
 
 
 class Long(NamedTuple):

@@ -37,6 +37,7 @@ KINDS = {
     "guided": {"estimator": "guided", "guides": 3},
     "pes": {"estimator": "pes"},
     "backprop": {"estimator": "backprop"},
+    "imitation": {"estimator": "imitation"},
     "init": {"estimator": "backprop", "learn": "both", "meta_optimizer": "SGD"},
     "learned": {"estimator": "backprop", "meta_optimizer": "LearnedOptimizer"},
 }
