@@ -2,9 +2,10 @@
 
     python tools/measure_fine_tuning.py docs/results/fine_tuning.json
 
-Ten tasks each of the zoo's training families ``finetune_images``, ``finetune_text`` and ``finetune_tables``, at their own
-lengths; no bundled weight was trained on them. Held-out losses are over the lowest that AdamW reaches at the best of
-its rates for that very task, and so is the speedup, in training loss (``learned_optim/meta_train/time_ratio.py``).
+Ten tasks each of the zoo's training families ``finetune_images``, ``finetune_text`` and ``finetune_tables``, at their
+own lengths; the weights of ``default`` were not trained on them. Held-out losses are over the lowest that AdamW reaches
+at the best of its rates for that very task, and so is the speedup, in training loss
+(``learned_optim/meta_train/time_ratio.py``).
 """
 
 from __future__ import annotations

@@ -25,12 +25,15 @@ from learned_optim import Policy
 
 PURPOSES = {
     "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
-    "orthogonalises the updates of matrices, as Muon does. For fine-tuning take lr=1e-4. Not for models that are mostly a "
-    "large embedding.",
+    "orthogonalises the updates of matrices, as Muon does. For fine-tuning take lr=1e-4. Not for models that are mostly "
+    "a large embedding.",
     "pretraining": "For networks of width 128 and more that are trained from scratch for thousands of steps on data "
     "they see few times, as language models are. Matrices of up to 64 rows or columns are updated as by `default`. Not "
     "for runs of some hundred steps, nor where a training set is to be memorised: `default` takes a third fewer steps "
     "there.",
+    "recurrent": "For research: the classical form of a learned optimizer, a recurrent network per coordinate. All its "
+    "weights come from back-propagation, by imitation of `default` along its runs; none was compared on whole runs. It "
+    "is not compiled, so a step costs ten times that of `default`, and it takes 24 bytes of state per parameter.",
     "reader": "For a language model that learns while it reads, and for nothing else: it moves the weights of a "
     "trained model after every few words of a text.",
 }

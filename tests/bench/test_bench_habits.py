@@ -166,8 +166,9 @@ def test_the_command_prints_the_tables_and_writes_the_rest(
 
 
 def test_bundled_policies_come_first_and_none_twice() -> None:
-    assert habits.policy_names(HabitsConfig()) == ["default", "pretraining", "reader"]
-    assert habits.policy_names(HabitsConfig(policies=("a/b", "reader"))) == ["default", "pretraining", "reader", "a/b"]
+    names = ["default", "pretraining", "reader", "recurrent"]
+    assert habits.policy_names(HabitsConfig()) == names
+    assert habits.policy_names(HabitsConfig(policies=("a/b", "reader"))) == [*names, "a/b"]
     assert habits.policy_names(HabitsConfig(policies=("reader",), bundled=False)) == ["reader"]
 
 

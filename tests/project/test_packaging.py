@@ -77,7 +77,8 @@ def test_the_wheel_holds_the_bundled_policy_the_type_marker_and_the_licence(whee
     assert {"learned_optim/engine/native.cpp", "learned_optim/engine/native_head.cpp"} <= set(names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     documents = {name.removeprefix("learned_optim/pretrained/") for name in names if name.endswith(".md")}
-    assert documents == {"RECIPE.md", *(f"{policy}/README.md" for policy in ("default", "pretraining", "reader"))}
+    policies = ("default", "pretraining", "reader", "recurrent")
+    assert documents == {"RECIPE.md", *(f"{policy}/README.md" for policy in policies)}
     assert {name.split("/")[0] for name in names} == {"learned_optim", f"learned_optim-{__version__}.dist-info"}
 
 

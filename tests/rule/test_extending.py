@@ -18,7 +18,7 @@ from learned_optim.rule.features import DEFAULT_FEATURES, FEATURES
 from learned_optim.rule.layouts import Whole
 from learned_optim.rule.orthogonalize import POLAR_METHODS
 
-BUNDLED = ("default", "pretraining", "reader")
+BUNDLED = ("default", "pretraining", "reader", "recurrent")
 SHAPES = [(6, 5), (7,), (4, 3, 3, 3)]
 
 
