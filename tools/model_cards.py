@@ -25,8 +25,8 @@ from learned_optim import Policy
 
 PURPOSES = {
     "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
-    "orthogonalises the updates of matrices, as Muon does. For fine-tuning take lr=1e-4. Not for models that are mostly "
-    "a large embedding.",
+    "orthogonalises the updates of matrices, as Muon does. For fine-tuning take lr=1e-4. Not for models that are "
+    "mostly a large embedding.",
     "pretraining": "For networks of width 128 and more that are trained from scratch for thousands of steps on data "
     "they see few times, as language models are. Matrices of up to 64 rows or columns are updated as by `default`. Not "
     "for runs of some hundred steps, nor where a training set is to be memorised: `default` takes a third fewer steps "
