@@ -41,5 +41,5 @@ def planned_inner_steps(config: MetaTrainConfig, tasks: Sequence[Task | TaskFami
         lengths = [USUAL_LENGTH if isinstance(task, TaskFamily) else task.length for task in tasks]
         length = fmean(min(length, config.max_length or length) for length in lengths)
         return round(config.outer_steps * config.meta_batch * config.pairs * 2 * length)
-    runs = {"backprop": 1.0, "pes": 2.0, "mixed": 1.5}[config.estimator]
+    runs = {"backprop": 1.0, "imitation": 1.0, "pes": 2.0, "mixed": 1.5}[config.estimator]
     return int(config.outer_steps * config.meta_batch * config.unroll_length * runs)

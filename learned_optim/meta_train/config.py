@@ -47,7 +47,7 @@ class MetaTrainConfig:
             trajectories (Vicol et al. 2021). ``mixed``: half the meta-batch each of ``backprop`` and ``pes``, mixed by
             inverse variance (Metz et al. 2019). ``imitation``: back-propagation of how far the policy's updates are
             from a teacher's (Chen et al. 2020; see :mod:`learned_optim.meta_train.imitation`).
-        teacher: the policy that is imitated, or whatever ``Policy.from_pretrained`` takes (``imitation``).
+        teacher: name or folder of the policy that is imitated, or its repository on the Hub (``imitation``).
         meta_batch: trajectories per outer step (``es``, ``guided``: tasks; ``pes``: antithetic pairs of particles).
         pairs: antithetic pairs per task (``es``, ``guided``). Several are vectorized, run as one batch of networks: for
             small networks, and on a GPU, a fraction of the time that they take one by one.
@@ -64,9 +64,8 @@ class MetaTrainConfig:
         held_out_share: part of the meta-loss, or of the comparison (``es``, ``guided``), that is made on held-out data
             where a task has any, in [0, 1]. Comparisons see the lowest held-out loss so far and the one at the end, a
             half each.
-        max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own. What is learned on the
-            beginning of a run does not hold for the whole of it: on a task of 200 steps, forty taught steps that
-            ended with a held-out loss half as high again.
+        max_length: cap of the trajectories' lengths, in inner steps; 0 takes each task's own. A rule that was
+            taught on the first 40 steps of a task of 200 ended with 1.5 times the held-out loss.
         curriculum: outer steps over which the cap grows from a quarter of its value; 0 starts at its full value.
         inner_lr: learning rate of the inner steps.
         inner_lr_spread: each trajectory's rate is drawn log-uniformly within this factor of ``inner_lr``, each way.
@@ -186,8 +185,13 @@ class MetaTrainConfig:
         require(self.device in ("cpu", "cuda"), "device", "'cpu' or 'cuda'")
         require(self.compares_runs or self.device == "cpu", "device", f"'cpu' {of_runs}")
         require(self.estimator != "mixed" or self.meta_batch >= 4, "meta_batch", "4 or more for the mixed estimator")
-        imitates = self.estimator == "imitation"
-        require(not imitates or self.backend != "compiled", "backend", "'auto' or 'eager' for 'imitation'")
+        if self.estimator == "imitation":
+            require(self.backend != "compiled", "backend", "'auto' or 'eager' for 'imitation'")
+            for name in ("second_order", "fixed_scale", "checkpoint_segment", "meta_loss"):
+                own = getattr(type(self), name)
+                require(getattr(self, name) == own, name, f"{own!r} for 'imitation', whose meta-loss is its own")
+        else:
+            require(self.teacher == type(self).teacher, "teacher", "left out for estimators other than 'imitation'")
         if self.learn != "policy":
             require(self.estimator == "backprop", "estimator", "'backprop' where initial parameters are learned")
 

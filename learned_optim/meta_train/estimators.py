@@ -14,7 +14,7 @@ PES                  none for the smoothed meta-loss, over    grows with the num
                      truncated trajectories                   estimate per window (Vicol et al. 2021)
 Mixed                between those of BackpropTruncated and   below either's: means of both, weighted by inverse
                      PES                                      variance (Metz et al. 2019)
-Imitation            of the teacher: it is imitated, not      lowest: nothing is back-propagated through the
+Imitation            towards the teacher, which is not        lowest: nothing is back-propagated through the
                      surpassed                                training (module ``imitation``)
 GuidedES             a positive definite factor on the        of ES in as many dimensions as there are guides, for
                      meta-gradient of ES                      what lies in their span (module ``guided``)

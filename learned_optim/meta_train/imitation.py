@@ -1,4 +1,4 @@
-"""Imitation: a new rule learns to say what a better one says (Chen et al. 2020, "Training stronger baselines for
+"""Imitation: a new rule learns to go where another one would go (Chen et al. 2020, "Training stronger baselines for
 learning to optimize", arXiv 2010.09089).
 
 The teacher trains a network. The student sees the same parameters and gradients, keeps a state of its own, and is asked
@@ -7,10 +7,13 @@ of a window is the mean over its steps and the network's tensors of
 
     log(1 + |d - d*|^2 / |d*|^2)
 
-back-propagated through the student's state. It is 0 for a perfect student, and log 2 for one that stands still. Nothing
-is back-propagated through the network that is trained, so gradients do not explode, and a window teaches as much at the
-end of a run as at its beginning. What a student cannot learn here is to mend its own mistakes: it only ever sees the
-teacher's way. Other estimators go on from there.
+back-propagated through the student's state; vectors count as much as matrices. It is 0 for a student that goes the
+teacher's way, and log 2 for one that stands still. Nothing is back-propagated through the network that is trained, so
+gradients do not explode, and a window teaches as much at the end of a run as at its beginning.
+
+Two things a student does not learn here. It never sees its own mistakes, only the teacher's way: other estimators go on
+from there. And what comes after d is not imitated, orthogonalising and weight decay: a student does what its own
+configuration says. A ``start="gru"`` takes all but the cell from the teacher's configuration.
 """
 
 from __future__ import annotations
@@ -95,6 +98,6 @@ class Imitation(Truncated):
 def error(layout: WholeLayout, d: Tensor, wanted: Tensor) -> Tensor:
     """The mean over the tensors that the teacher moves of log(1 + |d - d*|^2 / |d*|^2)."""
     off, length = layout.inner(d - wanted, d - wanted), layout.inner(wanted, wanted)
-    moved = length > 0.0
+    moved = length != 0.0  # what is not a number counts, and is not learned from
     relative = off / torch.where(moved, length, 1.0)
     return torch.where(moved, relative, 0.0).log1p().sum() / moved.sum().clamp(min=1)

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from learned_optim.meta_train import distributed
+from learned_optim.meta_train import distributed, preflight
 from learned_optim.meta_train.aggregate import GradientAggregator
 from learned_optim.meta_train.backend import chosen_backend
 from learned_optim.meta_train.checkpoint import RunFolder
@@ -21,7 +21,6 @@ from learned_optim.meta_train.estimators import Estimate, GradientEstimator, Wei
 from learned_optim.meta_train.guided import remember
 from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
-from learned_optim.meta_train.preflight import check_device, check_tasks, learned_names, starting_policy, teacher_of
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
 from learned_optim.meta_train.result import MetaTrainResult
@@ -89,14 +88,15 @@ def meta_train(
     families = get_families(config.tasks) if tasks is None else list(tasks)
     if validation is None:
         validation = get_families(config.validation_tasks) if tasks is None else families
-    check_device(config)
+    preflight.check_device(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
         with torch.inference_mode(False), torch.enable_grad(), distributed.process_group():
-            start = start or starting_policy(config)
+            start = start or preflight.starting_policy(config)
             config = config.with_parts(CELLS[start.config.cell].is_mixture)
-            check_tasks(config, families, validation if config.validate_every else (), start)
+            preflight.check_pupil(config, start, meta_loss)
+            preflight.check_tasks(config, families, validation if config.validate_every else (), start)
             run = _Run(config, families, validation, start, meta_loss)
             folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
             try:
@@ -127,12 +127,12 @@ class _Run:
         self.policy.source = "meta-trained"
         self.source = TaskSource(families, config, start.config)
         self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
-        self.teacher = teacher_of(config)
+        self.teacher = preflight.teacher_of(config)
         self.backend: str = chosen_backend(config, start.config, families)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
         self.guides: list[Weights] = []  #: recent back-propagated gradients (``guided``)
         self.aggregator = GradientAggregator(config.clip, by_family=not config.compares_runs)
-        self.learned = learned_names(config, self.policy)
+        self.learned = preflight.learned_names(config, self.policy)
         self.init: torch.nn.Parameter | None = None
         self.init_problem: Problem | None = None
         if config.learn != "policy":
@@ -141,8 +141,7 @@ class _Run:
         weights = self.policy.weights()
         params = [weights[n] if n != "init" else self.init for n in self.learned]
         self.meta_optimizer = meta_optimizer(config, [p for p in params if p is not None])
-        self.outer_step = 0
-        self.inner_steps = 0
+        self.outer_step = self.inner_steps = 0
         self.seconds = 0.0
         self.before: dict[str, Outcome] = {}  #: validation of the start
         self.best_value = 0.0  #: see ``mean_difference``; lower is better
@@ -201,16 +200,15 @@ class _Run:
                 if impatient:
                     break
             last = self._copy()
-            if not config.validate_every:
-                self.best = last
+            if not any("validation" in metrics for metrics in history):
+                self.best = last  # nobody was asked yet
             if folder is not None:
                 self._write(folder, "best", self.best)
                 self._write(folder, "final", last)
         return stop or next(iter(received), None)
 
     def _outer_step(self, estimator: GradientEstimator) -> dict[str, Any]:
-        begun = time.perf_counter()
-        config = self.config
+        begun, config = time.perf_counter(), self.config
         init = None if self.init is None else self.init.detach().clone()
         estimates: list[Estimate] = []
         failed: list[tuple[str, str]] = []
@@ -322,6 +320,7 @@ class _Run:
                 "meta_optimizer": self.meta_optimizer.state_dict(),
                 "aggregator": self.aggregator.state(),
                 "guides": list(self.guides),
+                "teacher": self.teacher and self.teacher.fingerprint(),
                 "backend": self.backend,
                 "trajectories": trajectories,
             }
@@ -331,6 +330,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         if PolicyConfig.from_dict(saved["policy_config"]) != self.policy.config:
             raise ValueError("the checkpoint holds a policy of another architecture than the one to start from")
+        preflight.check_same_teacher(saved.get("teacher"), self.teacher)
         self.policy.load_state_dict(saved["weights"])
         if self.init is not None:
             with torch.no_grad():

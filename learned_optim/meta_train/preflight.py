@@ -20,17 +20,44 @@ from learned_optim.tasks.base import Task, batches_of
 
 
 def starting_policy(config: MetaTrainConfig) -> Policy:
-    """The policy that ``config.start`` names."""
+    """The policy that ``config.start`` names. A GRU that is to imitate has all but its cell from its teacher."""
     if config.start == "new":
         return Policy(PolicyConfig())
     if config.start == "gru":
-        return Policy(PolicyConfig.gru(), generator=torch.Generator().manual_seed(config.seed))
+        teacher = teacher_of(config)
+        around = {} if teacher is None else teacher.config.surroundings
+        return Policy(PolicyConfig.gru(**around), generator=torch.Generator().manual_seed(config.seed))
     return Policy.from_pretrained(config.start)
 
 
 def teacher_of(config: MetaTrainConfig) -> Policy | None:
     """The policy that is imitated, if any."""
     return Policy.from_pretrained(config.teacher) if config.estimator == "imitation" else None
+
+
+def check_pupil(config: MetaTrainConfig, start: Policy, meta_loss: object) -> None:
+    """Raise where imitation could not learn anything, or would not heed what it is given.
+
+    Raises:
+        ValueError: the start is the teacher, or there is a meta-loss of one's own.
+    """
+    teacher = teacher_of(config)
+    if teacher is None:
+        return
+    if meta_loss is not None:
+        raise ValueError("estimator 'imitation' has a meta-loss of its own: leave out meta_loss")
+    if start.fingerprint() == teacher.fingerprint():
+        raise ValueError(f"the start is the teacher itself, {config.teacher!r}: there is nothing to learn")
+
+
+def check_same_teacher(fingerprint: str | None, teacher: Policy | None) -> None:
+    """Raise where a checkpoint's teacher, by its fingerprint, is another than the present one.
+
+    Raises:
+        ValueError: it is.
+    """
+    if teacher is not None and teacher.fingerprint() != fingerprint:
+        raise ValueError("the teacher's weights have changed since the run began: resume with those it began with")
 
 
 def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:

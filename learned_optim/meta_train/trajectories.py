@@ -126,8 +126,8 @@ class Trajectory:
         window = [self._next, *(next(self._batches) for _ in range(steps))]
         self._next = window[-1]
         if math.isnan(self.reference):
-            begin = self.states[0]
-            self.reference = float(self.problem.gradient(begin.params, dict(begin.buffers), window[0])[0])
+            begin = self.states[0].with_own_buffers()
+            self.reference = float(self.problem.gradient(begin.params, begin.buffers, window[0])[0])
         return window
 
     def saved(self) -> dict[str, Any]:

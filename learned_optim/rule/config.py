@@ -191,6 +191,16 @@ class PolicyConfig:
         }  # fmt: skip
         return cls(**{**base, **changes})
 
+    @property
+    def surroundings(self) -> dict[str, Any]:
+        """What is around the cell, by name: context, pace, age, orthogonalising.
+
+        A policy of another cell needs the same to do what this one does.
+        """
+        of_head = ("step_scale", "caution", "head_bound", "cosine_decays", "age_rate")
+        names = [name for name in _HINTS if name in of_head or name.startswith(("context", "orthogonal", "pace_"))]
+        return {name: getattr(self, name) for name in names}
+
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, every field."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}

@@ -272,3 +272,11 @@ def test_settings_go_through_toml_and_json(tmp_path):
         MetaTrainConfig.from_file(tmp_path / "b.toml")
     with pytest.raises(ValueError, match="sigma must be positive"):
         settings(sigma=0.0)
+
+
+def test_the_last_policy_is_the_result_where_the_run_ended_before_any_validation(tmp_path) -> None:
+    config = settings(estimator="es", outer_steps=2, validate_every=5)
+    result = meta_train(config, tasks=[regression()], out=tmp_path / "run", show_progress=False)
+    assert result.policy.fingerprint() == result.last.fingerprint()
+    assert result.policy.fingerprint() != Policy().fingerprint()
+    assert Policy.from_pretrained(tmp_path / "run" / "best").fingerprint() == result.last.fingerprint()
