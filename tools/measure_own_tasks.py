@@ -3,9 +3,9 @@
     python tools/measure_own_tasks.py docs/results/own_tasks.json --runs FOLDER
 
 *The defaults* is the example as it is, some ten minutes. The others learn the gates of the recurrent cell besides:
-evolution strategies, guided ones and back-propagation through windows with the same number of inner steps, and as long
-a run as the first. Three runs each, compared with ``default`` on ten seeds of both tasks that they were not trained on; and with themselves, the gates
-put back. Runs are kept in FOLDER, and those that are there already are not made again.
+evolution strategies, guided ones and back-propagation through windows with the same number of inner steps, and a run as
+long as the first. Three runs each, compared with ``default`` on ten seeds of both tasks that they were not trained on;
+and with themselves, the gates put back. Runs are kept in FOLDER, and those that are there already are not made again.
 """
 
 from __future__ import annotations
