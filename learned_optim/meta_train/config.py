@@ -82,7 +82,8 @@ class MetaTrainConfig:
             clipped gradients. Otherwise at a constant rate and with ``inner_weight_decay``.
         validate_every: outer steps between validations; 0 never validates.
         validation_tasks: families or tags to validate on.
-        validation_seeds: tasks per validation family.
+        validation_seeds: tasks per validation family, or seeds of a task; 0 takes as many as make eight runs in all, and
+            one at least. What is chosen as the best on fewer is often chance.
         validation_length: cap of their lengths, in inner steps; 0 takes each task's own.
         patience: validations without improvement before the run ends early; 0 never.
         save_every: outer steps between checkpoints.
@@ -126,7 +127,7 @@ class MetaTrainConfig:
     recipes: float = 0.0
     validate_every: int = 20
     validation_tasks: tuple[str, ...] = ("validation",)
-    validation_seeds: int = 1
+    validation_seeds: int = 0
     validation_length: int = 0
     patience: int = 0
     save_every: int = 10
@@ -160,7 +161,6 @@ class MetaTrainConfig:
             "unroll_length",
             "save_every",
             "threads",
-            "validation_seeds",
         ):
             require(getattr(self, name) >= 1, name, "1 or more")
         for name in (
@@ -169,6 +169,7 @@ class MetaTrainConfig:
             "curriculum",
             "validate_every",
             "validation_length",
+            "validation_seeds",
             "patience",
         ):
             require(getattr(self, name) >= 0, name, "0 or more")

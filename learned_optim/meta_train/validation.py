@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from learned_optim.meta_train import distributed
@@ -13,6 +14,9 @@ from learned_optim.meta_train.trajectories import Plan, hyperparameters, seed_of
 from learned_optim.policy.policy import Policy
 from learned_optim.tasks import TaskFamily
 from learned_optim.tasks.base import Task, Tensors
+
+#: That validation is made of where the configuration leaves the number of seeds open.
+USUAL_RUNS = 8
 
 
 def validate(
@@ -26,7 +30,7 @@ def validate(
 
     Args:
         policy: to train them with.
-        families: what to train; ``config.validation_seeds`` tasks of each.
+        families: what to train; ``config.validation_seeds`` tasks of each, or as many as make ``USUAL_RUNS`` runs.
         config: lengths and learning rate.
         backend: how the update rule is run.
         init: learned initial parameters, in place of the tasks' own.
@@ -37,7 +41,8 @@ def validate(
     Raises:
         RuntimeError: a task raised; named.
     """
-    wanted = [(family, seed) for family in families for seed in range(config.validation_seeds)]
+    seeds = config.validation_seeds or math.ceil(USUAL_RUNS / max(len(families), 1))
+    wanted = [(family, seed) for family in families for seed in range(seeds)]
     results = []
     for i in distributed.mine(len(wanted)):
         family, seed = wanted[i]

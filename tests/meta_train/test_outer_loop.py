@@ -15,6 +15,7 @@ from helpers.small_tasks import Quadratic, regression
 from learned_optim import LearnedOptimizer, Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.checkpoint import RunFolder, read_metrics
+from learned_optim.meta_train.validation import validate
 from learned_optim.tasks import get_families
 
 
@@ -280,3 +281,12 @@ def test_the_last_policy_is_the_result_where_the_run_ended_before_any_validation
     assert result.policy.fingerprint() == result.last.fingerprint()
     assert result.policy.fingerprint() != Policy().fingerprint()
     assert Policy.from_pretrained(tmp_path / "run" / "best").fingerprint() == result.last.fingerprint()
+
+
+@pytest.mark.parametrize(("seeds", "families", "runs"), [(0, 1, 8), (0, 3, 9), (0, 20, 20), (2, 3, 6)])
+def test_validation_makes_eight_runs_where_nothing_else_was_asked_for(seeds, families, runs):
+    config = settings(estimator="es", validation_seeds=seeds, validation_length=2)
+    tasks = [regression() for _ in range(families)]
+    for i, task in enumerate(tasks):
+        task.name = f"task {i}"
+    assert len(validate(Policy(), tasks, config, "eager")) == runs
