@@ -34,12 +34,14 @@ WITH_GATES = ("pace", "step_size", "gates")
 #: By the table's rows: about 56,000 inner steps in those that are short, guides and windows counted.
 RUNS: dict[str, dict[str, Any]] = {
     "the defaults": {"outer_steps": 300},
-    '`"es"`': {"outer_steps": 40},
-    '`"es"`, gates too': {"outer_steps": 40, "parts": WITH_GATES},
-    '`"guided"`, gates too': {"outer_steps": 31, "parts": WITH_GATES, "estimator": "guided"},
+    '`"es"`': {"outer_steps": 40, "validation_seeds": 1},
+    '`"es"`, gates too': {"outer_steps": 40, "parts": WITH_GATES, "validation_seeds": 1},
+    '`"guided"`, gates too': {
+        "outer_steps": 31, "parts": WITH_GATES, "estimator": "guided", "validation_seeds": 1,
+    },
     '`"backprop"`, gates too': {
         "outer_steps": 700, "parts": WITH_GATES, "estimator": "backprop", "meta_loss": "final", "meta_lr": 0.003,
-        "validate_every": 50,
+        "validate_every": 50, "validation_seeds": 1,
     },
 }  # fmt: skip
 
