@@ -82,8 +82,8 @@ class MetaTrainConfig:
             clipped gradients. Otherwise at a constant rate and with ``inner_weight_decay``.
         validate_every: outer steps between validations; 0 never validates.
         validation_tasks: families or tags to validate on.
-        validation_seeds: tasks per validation family, or seeds of a task; 0 takes as many as make eight runs in all, one
-            at least. What is chosen as the best on fewer is often chance.
+        validation_seeds: tasks per validation family, or seeds of a task; 0 takes as many as make eight runs in all, or
+            one. The best of few runs is often chance.
         validation_length: cap of their lengths, in inner steps; 0 takes each task's own.
         patience: validations without improvement before the run ends early; 0 never.
         save_every: outer steps between checkpoints.
