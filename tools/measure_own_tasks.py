@@ -5,8 +5,8 @@
 *The defaults* is the example as it is, some ten minutes, but chosen on one seed of each task. The others are shorter,
 and all but one learn the gates of the recurrent cell besides: evolution strategies, guided ones and back-propagation
 through windows with the same number of inner steps. Three runs each, compared with ``default`` on ten seeds of both
-tasks that they were not trained on; and with themselves, the gates put back. Runs are kept in FOLDER, and those that are
-there already are not made again.
+tasks that they were not trained on, and with themselves, the gates put back. Runs are kept in FOLDER; those that
+are there already are not made again.
 """
 
 from __future__ import annotations
