@@ -87,8 +87,8 @@ def runs(policy: Policy, task: ModuleTask, seeds: int) -> list[Curve]:
     return [train(task, UNSEEN + seed, make, task.length, evaluate_at=at) for seed in range(seeds)]
 
 
-def gain(after: Policy, before: Policy, task: ModuleTask, seeds: int) -> Gain:
-    pairs = list(zip(runs(after, task, seeds), runs(before, task, seeds), strict=True))
+def gain(after: list[Curve], before: list[Curve]) -> Gain:
+    pairs = list(zip(after, before, strict=True))
     outcomes = [tuple(Outcome.of(run.losses, run.held_out_along) for run in pair) for pair in pairs]
     return Gain([-compare(*pair) for pair in outcomes], [a.held_out_along[-1] / b.held_out_along[-1] for a, b in pairs])
 
@@ -103,7 +103,8 @@ def main() -> None:
     config = MetaTrainConfig(outer_steps=args.outer_steps, start="default")
     result = meta_train(config, tasks=[SENSORS, STROKES], out=args.out)
     for task in (SENSORS, STROKES):
-        logs, held_out = gain(result.policy, Policy.from_pretrained("default"), task, args.seeds)
+        before = runs(Policy.from_pretrained("default"), task, args.seeds)
+        logs, held_out = gain(runs(result.policy, task, args.seeds), before)
         speedup, ratio = math.exp(statistics.fmean(logs)), math.exp(statistics.fmean(map(math.log, held_out)))
         better = sum(log > 0.0 for log in logs)
         print(

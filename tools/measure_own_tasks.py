@@ -22,15 +22,16 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
-from meta_train_two_tasks import SENSORS, STROKES, gain  # pyright: ignore[reportMissingImports]
+from meta_train_two_tasks import SENSORS, STROKES, gain, runs  # pyright: ignore[reportMissingImports]
 
 from learned_optim import Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
 from learned_optim.meta_train.estimators import with_weights
+from learned_optim.policy.policy import PARTS
+from learned_optim.tasks.rollout import Curve
 
 SEEDS, UNSEEN_SEEDS = (1, 2, 3), 10
 TASKS = (SENSORS, STROKES)
-GATES = ("gate_context", "gate_features")
 WITH_GATES = ("pace", "step_size", "gates")
 #: By the table's rows: about 56,000 inner steps in those that are short, guides and windows counted.
 RUNS: dict[str, dict[str, Any]] = {
@@ -45,18 +46,22 @@ RUNS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def measure(name: str, seed: int, folder: Path) -> dict[str, Any]:
-    """One run, and what came of it."""
+def on_unseen_seeds(policy: Policy) -> dict[str, list[Curve]]:
+    """By task."""
+    return {task.name: runs(policy, task, UNSEEN_SEEDS) for task in TASKS}
+
+
+def measure(name: str, seed: int, folder: Path, before: dict[str, list[Curve]]) -> dict[str, Any]:
+    """One run, and what came of it; ``before`` are the tasks trained with ``default``."""
     config = MetaTrainConfig(start="default", seed=seed, validation_seeds=1, **RUNS[name])
     result = meta_train(config, tasks=list(TASKS), out=folder, resume=True)
-    tuned, before = result.policy, Policy.from_pretrained("default")
-    weights = {n: torch.zeros_like(w) if n in GATES else w for n, w in tuned.weights().items()}
-    put_back = with_weights(tuned, weights)
-    last = result.history[-1]
+    tuned, last = result.policy, result.history[-1]
+    weights = {n: torch.zeros_like(w) if n in PARTS["gates"] else w for n, w in tuned.weights().items()}
+    after, put_back = on_unseen_seeds(tuned), on_unseen_seeds(with_weights(tuned, weights))
     return {
         "run": name, "seed": seed, "inner_steps": last["inner_steps"], "minutes": last["seconds"] / 60,
-        "gain": {task.name: gain(tuned, before, task, UNSEEN_SEEDS)._asdict() for task in TASKS},
-        "of gates": {task.name: gain(tuned, put_back, task, UNSEEN_SEEDS)._asdict() for task in TASKS},
+        "gain": {task: gain(curves, before[task])._asdict() for task, curves in after.items()},
+        "of gates": {task: gain(curves, put_back[task])._asdict() for task, curves in after.items()},
     }  # fmt: skip
 
 
@@ -94,10 +99,11 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    measured = []
-    for number, name in enumerate(RUNS):
-        for seed in SEEDS:
-            measured.append(measure(name, seed, args.runs / f"{number}-{seed}"))
+    before = on_unseen_seeds(Policy.from_pretrained("default"))
+    measured = [
+        measure(name, seed, args.runs / f"{number}-{seed}", before)
+        for number, name in enumerate(RUNS) for seed in SEEDS
+    ]  # fmt: skip
     results = {"torch": torch.__version__, "runs": measured, "table": table(measured)}
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 

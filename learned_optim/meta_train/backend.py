@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Literal
@@ -15,7 +16,10 @@ from learned_optim.tasks.base import Task
 
 #: Inner steps from which ``auto`` compiles. Compiled, an inner step is some 2 ms shorter; the kernels of whole
 #: trajectories take 20 to 30 s to make, those of the unroll with their backward pass about a minute.
-WORTH_COMPILING = {"es": 10_000, "guided": 30_000, "pes": 30_000, "backprop": 30_000, "mixed": 30_000}
+WORTH_COMPILING = {
+    "es": 10_000, "guided": 30_000, "pes": 30_000, "backprop": 30_000, "mixed": 30_000,
+    "imitation": math.inf,  # not made for it
+}  # fmt: skip
 
 #: What the length of a family's tasks is taken to be.
 USUAL_LENGTH = 400
@@ -30,7 +34,7 @@ def chosen_backend(
     """
     if config.backend != "auto":
         return config.backend
-    if config.estimator == "imitation" or not CELLS[policy.cell].is_mixture or find_compiler(config.device) is None:
+    if not CELLS[policy.cell].is_mixture or find_compiler(config.device) is None:
         return "eager"
     return "compiled" if planned_inner_steps(config, tasks) >= WORTH_COMPILING[config.estimator] else "eager"
 

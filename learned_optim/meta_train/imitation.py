@@ -26,7 +26,7 @@ from torch import Tensor
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.estimators import Estimate, Truncated
 from learned_optim.meta_train.meta_loss import final
-from learned_optim.meta_train.trajectories import TaskSource, Trajectory
+from learned_optim.meta_train.trajectories import TaskSource, Trajectory, hyperparameters
 from learned_optim.policy.policy import Policy
 from learned_optim.rule.layouts import WholeLayout
 from learned_optim.rule.update import direction, orthogonalize_and_move
@@ -69,7 +69,7 @@ class Imitation(Truncated):
             hyper, step = plan.hyper_at(step), step + 1
             t = float(problem.steps_before + step)
             with torch.no_grad():
-                its_hyper = hyper._replace(beta1=teacher.betas[0], beta2=teacher.betas[1], eps=teacher.eps)
+                its_hyper = hyperparameters(teacher, float(hyper.lr), float(hyper.weight_decay))
                 wanted, coeff, of_led, of_led_tensors = direction(
                     of_teacher, teacher, problem.layout, params, grad, led.coordinate_state, led.tensor_state, t,
                     its_hyper,

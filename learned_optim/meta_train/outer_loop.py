@@ -23,7 +23,7 @@ from learned_optim.meta_train.meta_loss import META_LOSSES, MetaLossFn
 from learned_optim.meta_train.meta_optimizer import meta_optimizer
 from learned_optim.meta_train.problem import Problem
 from learned_optim.meta_train.progress import Progress
-from learned_optim.meta_train.result import MetaTrainResult
+from learned_optim.meta_train.result import MetaTrainResult, validations
 from learned_optim.meta_train.signals import collected_signals, deliver
 from learned_optim.meta_train.time_ratio import Outcome
 from learned_optim.meta_train.trajectories import TaskSource, Trajectory
@@ -93,11 +93,12 @@ def meta_train(
     torch.set_num_threads(config.threads)
     try:
         with torch.inference_mode(False), torch.enable_grad(), distributed.process_group():
-            start = start or preflight.starting_policy(config)
+            teacher = preflight.teacher_of(config)
+            start = start or preflight.starting_policy(config, teacher)
             config = config.with_parts(CELLS[start.config.cell].is_mixture)
-            preflight.check_pupil(config, start, meta_loss)
+            preflight.check_pupil(config, start, teacher, meta_loss)
             preflight.check_tasks(config, families, validation if config.validate_every else (), start)
-            run = _Run(config, families, validation, start, meta_loss)
+            run = _Run(config, families, validation, start, teacher, meta_loss)
             folder = RunFolder(out, resume) if out is not None and distributed.rank() == 0 else None
             try:
                 result = run.run(folder, resume, show_progress)
@@ -120,14 +121,14 @@ class _Run:
         families: Sequence[Task | TaskFamily],
         validation: Sequence[Task | TaskFamily],
         start: Policy,
+        teacher: Policy | None,
         meta_loss: MetaLossFn | None,
     ) -> None:
-        self.config, self.families, self.validation = config, families, validation
+        self.config, self.families, self.validation, self.teacher = config, families, validation, teacher
         self.policy = with_weights(start, start.weights())
         self.policy.source = "meta-trained"
         self.source = TaskSource(families, config, start.config)
         self.meta_loss = meta_loss or META_LOSSES[config.meta_loss]
-        self.teacher = preflight.teacher_of(config)
         self.backend: str = chosen_backend(config, start.config, families)
         self.trajectories: dict[int, Trajectory] = {}  #: under way, by slot
         self.guides: list[Weights] = []  #: recent back-propagated gradients (``guided``)
@@ -153,8 +154,7 @@ class _Run:
     def run(self, folder: RunFolder | None, resume: bool, show_progress: bool | None) -> MetaTrainResult:
         config = self.config
         history: list[dict[str, Any]] = []
-        saved = folder.load(config) if folder is not None and resume else None
-        saved = distributed.from_first(saved)
+        saved = distributed.from_first(folder.load(config) if folder is not None and resume else None)
         if saved is not None:
             self._restore(saved)
         if folder is not None:
@@ -200,7 +200,7 @@ class _Run:
                 if impatient:
                     break
             last = self._copy()
-            if not any("validation" in metrics for metrics in history):
+            if not validations(history):
                 self.best = last  # nobody was asked yet
             if folder is not None:
                 self._write(folder, "best", self.best)

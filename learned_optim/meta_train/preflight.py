@@ -19,12 +19,11 @@ from learned_optim.tasks import FAMILIES, TaskFamily, check_task
 from learned_optim.tasks.base import Task, batches_of
 
 
-def starting_policy(config: MetaTrainConfig) -> Policy:
+def starting_policy(config: MetaTrainConfig, teacher: Policy | None) -> Policy:
     """The policy that ``config.start`` names. A GRU that is to imitate has all but its cell from its teacher."""
     if config.start == "new":
         return Policy(PolicyConfig())
     if config.start == "gru":
-        teacher = teacher_of(config)
         around = {} if teacher is None else teacher.config.surroundings
         return Policy(PolicyConfig.gru(**around), generator=torch.Generator().manual_seed(config.seed))
     return Policy.from_pretrained(config.start)
@@ -35,13 +34,12 @@ def teacher_of(config: MetaTrainConfig) -> Policy | None:
     return Policy.from_pretrained(config.teacher) if config.estimator == "imitation" else None
 
 
-def check_pupil(config: MetaTrainConfig, start: Policy, meta_loss: object) -> None:
+def check_pupil(config: MetaTrainConfig, start: Policy, teacher: Policy | None, meta_loss: object) -> None:
     """Raise where imitation could not learn anything, or would not heed what it is given.
 
     Raises:
         ValueError: the start is the teacher, or there is a meta-loss of one's own.
     """
-    teacher = teacher_of(config)
     if teacher is None:
         return
     if meta_loss is not None:

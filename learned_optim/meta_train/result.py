@@ -34,15 +34,20 @@ def outer_steps_done(history: Sequence[dict[str, Any]]) -> int:
     return history[-1]["outer_step"] + 1 if history else 0
 
 
+def validations(history: Sequence[dict[str, Any]]) -> list[float]:
+    """What validation said, each time that it was asked."""
+    return [m["validation"] for m in history if m.get("validation") is not None]
+
+
 def improved(history: Sequence[dict[str, Any]]) -> bool:
     """Whether validation liked a policy better than the start, or there was none to ask."""
-    values = [m["validation"] for m in history if m.get("validation") is not None]
+    values = validations(history)
     return not values or any(value < 0.0 for value in values)
 
 
 def verdict(history: Sequence[dict[str, Any]]) -> str:
     """What came of a run, in half a line."""
-    values = [m["validation"] for m in history if m.get("validation") is not None]
+    values = validations(history)
     if not values:
         return "no validation; best is the last"
     if not improved(history):

@@ -152,11 +152,11 @@ def test_who_is_the_teacher_already_and_other_meta_losses_are_refused() -> None:
 
 
 def test_a_gru_that_begins_has_all_but_its_cell_from_the_teacher() -> None:
-    begun = starting_policy(settings(start="gru")).config
-    default = Policy.from_pretrained("default").config
+    default = Policy.from_pretrained("default")
+    begun = starting_policy(settings(start="gru"), default).config
     assert begun.cell == "gru"
-    assert begun.surroundings == default.surroundings
-    assert starting_policy(settings(start="gru", estimator="backprop")).config == PolicyConfig.gru()
+    assert begun.surroundings == default.config.surroundings
+    assert starting_policy(settings(start="gru", estimator="backprop"), None).config == PolicyConfig.gru()
 
 
 def test_a_run_is_not_resumed_with_another_teacher(tmp_path) -> None:
