@@ -12,14 +12,14 @@ import pytest
 
 from helpers.scale_cells import SMALL, cell, result
 from learned_optim.bench.curves import FLOOR
-from learned_optim.bench.scale.cells import Cell, Result, read, read_all, speedup, store, time_ratio
+from learned_optim.bench.scale.cells import Cell, Result, read, read_all, speedup, speedup_by_length, store, time_ratio
 from learned_optim.bench.scale.config import MODELS, ScaleConfig
 from learned_optim.bench.scale.figures import by_model, compare
 from learned_optim.bench.scale.plan import Tuned, queue, tuned
 from learned_optim.bench.scale.report import losses, speedups
-from learned_optim.bench.scale.rivals import Setting, ours, tuning
+from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
 
-OURS, ADAMW = ours("default")[0], Setting("adamw", 2)
+(OURS, DECAYS), ADAMW = ours("default"), Setting("adamw", 2)
 
 
 def curve(values: np.ndarray) -> Result:
@@ -59,6 +59,76 @@ def test_the_rivals_final_loss_is_not_smoothed_away() -> None:
         value = speedup(curve(np.full(41, end)), curve(falling))
         assert value is not None
         assert 0.9 < value < 1.0
+
+
+def lengths() -> list[Setting]:
+    settings: list[Setting] = []
+    following: Setting | None = DECAYS
+    while following is not None:
+        settings.append(following)
+        following = shorter(following)
+    return settings
+
+
+@pytest.mark.parametrize("quickness", [1.0, 1.1, 1.7, 3.0])
+def test_with_a_schedule_speedup_is_found_by_the_length_of_the_run(quickness: float) -> None:
+    rival, runs = result(cell(ADAMW)), [result(cell(s), quickness) for s in lengths()]
+    assert {run.cell.steps for run in runs} == {round(SMALL.steps * s.part) for s in lengths()}
+    for order in (runs, runs[::-1]):
+        value = speedup_by_length(order, rival)
+        # Interpolated between lengths; never less than what one run shows on its way.
+        assert value == pytest.approx(quickness, rel=0.01)
+    assert value >= (speedup(runs[0], rival) or 0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+
+
+def test_a_run_that_only_its_decay_brings_down_is_not_held_to_its_whole_length() -> None:
+    def falls(setting: Setting, end: float) -> Result:
+        base = result(cell(setting))
+        return dataclasses.replace(base, held_out=np.concatenate([np.full(36, 2.0), np.linspace(2.0, end, 5)]))
+
+    rival = falls(ADAMW, 1.5)
+    whole, shorter_, shortest = (falls(s, end) for s, end in zip(lengths(), (1.3, 1.4, 1.6), strict=False))
+    assert (speedup(whole, rival) or 0.0) < 1.1
+    assert speedup_by_length([whole, shorter_, shortest], rival) == pytest.approx((0.8 * 0.64) ** -0.5, rel=0.01)
+    assert speedup_by_length([whole, shorter_], rival) == pytest.approx(1.25)  # at least: no run ends above the rival
+    broken = dataclasses.replace(shortest, held_out=np.full(41, math.inf))
+    assert speedup_by_length([whole, shorter_, broken], rival) == pytest.approx(1.25)
+    above = falls(DECAYS, 1.7)
+    assert speedup_by_length([above, shorter_], rival) == speedup(above, rival)
+    assert speedup_by_length([whole], dataclasses.replace(rival, held_out=np.full(41, math.inf))) is None
+
+
+def test_shorter_runs_are_made_until_one_ends_above_every_rival() -> None:
+    config = ScaleConfig(models=("text-0.3M",), policies=("default",))
+    results: list[Result] = []
+    while left := cells_of(config, results):
+        setting = left[0].setting
+        at, best = {"learned": (0, 1.5), "adamw": (2, 0.9), "muon": (3, 1.1)}[setting.optimizer]
+        results.append(result(left[0], best * 0.9 ** (abs(setting.exponent - at) + abs(setting.auxiliary))))
+    for seed in (0, 1):
+        of_seed = [r.cell.setting for r in results if r.cell.seed == seed]
+        # 0.64 of the steps end a little below AdamW at the best of its rates, the slower rival, and 0.51 above it.
+        assert sorted(s.part for s in of_seed if s.schedule == "decay") == [0.51, 0.64, 0.8, 1.0]
+    (row,) = by_model(results, config.chosen(), config.rivals)
+    assert row.others == ()
+    assert [len(runs.results) for runs in row.ours] == [2, 2]
+    assert len(row.ours[1].shorter) == 6
+    constant, decays = (compare(runs, row.rivals[0]) for runs in row.ours)
+    assert constant is not None
+    assert decays is not None
+    assert decays.steps == pytest.approx(constant.steps, rel=0.1)
+    # Of another policy all of ours is missing again, and shorter runs wait for the whole one.
+    anew = queue(config, {"default": "sha256:1"}, results, "text", config.chosen())
+    assert {e.cell.setting.part for e in anew} == {1.0}
+
+
+def test_whole_runs_are_called_what_they_were_before_there_were_shorter_ones() -> None:
+    folder = Path(__file__).parents[2] / "docs" / "results" / "scale"
+    paths = list(folder.glob("*.json"))
+    assert paths
+    for path in paths:
+        assert read(path).cell.path(folder) == path
+    assert cell(lengths()[1]).path(Path()).name.startswith("text-0.3M.default.decay.part0.8.s0")
 
 
 def test_what_diverged() -> None:
@@ -163,7 +233,7 @@ def test_seeds_come_after_tuning_and_nothing_is_made_twice() -> None:
         results.append(result(left[0], quickness))
         seen.append(left[0].name)
     assert len(set(seen)) == len(seen)
-    assert len([n for n in seen if ".s1" in n]) == 4  # two of ours, two rivals
+    assert len([n for n in seen if ".s1" in n and ".part" not in n]) == 4  # two of ours, two rivals
     for name in ("adamw", "muon"):
         assert [n.endswith("s1") for n in seen if f".{name}." in n][-1:] == [True]
     (row,) = by_model(results, config.chosen(), config.rivals)

@@ -21,7 +21,7 @@ def cell(setting: Setting, model: Model = SMALL, seed: int = 0, device: str = "c
 
 def result(cell: Cell, quickness: float = 1.0, *, update: float = 0.1, date: str = "2026-01-01") -> Result:
     """A loss of ``1 + (1 + t)^-1/2`` in t = ``quickness`` x steps; ``inf`` throughout where that is 0."""
-    at = np.round(np.linspace(0, cell.model.steps, EVALUATIONS + 1))
+    at = np.round(np.linspace(0, cell.steps, EVALUATIONS + 1))
     losses = 1.0 + (1.0 + quickness * at) ** -0.5 if quickness else np.full(len(at), math.inf)
     return Result(cell, at, losses, losses[1:], 1.0 + update, update, {"date": date})
 

@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,18 @@ class Cell:
     def name(self) -> str:
         return f"{self.model.name}.{self.setting.text}.s{self.seed}"
 
+    @property
+    def steps(self) -> int:
+        """Of the run."""
+        return round(self.model.steps * self.setting.part)
+
     def key(self) -> dict[str, Any]:
         """Everything that shapes the run, as plain JSON types."""
         values = dataclasses.asdict(self)
         for name in ("seeds", "device"):  # what is done with a model, not what it is
             del values["model"][name]
+        if self.setting.part == 1.0:  # cells of whole runs are called what they were before there were others
+            del values["setting"]["part"]
         return {"format": FORMAT, "evaluations": EVALUATIONS, **values}
 
     def path(self, folder: Path) -> Path:
@@ -121,6 +128,33 @@ def speedup(ours: Result, rival: Result) -> float | None:
         else (first_reaches(rival.evaluated_at, rival.held_out, ours.final) or length) / length
     )
     return min(max(ratio, FLOOR), 1.0 / FLOOR)
+
+
+def speedup_by_length(ours: Sequence[Result], rival: Result) -> float | None:
+    """The same for runs with a schedule: ``T / t`` with t the length of the run of ours that ends where the rival ends.
+
+    A learning rate that decays over the last fifth of T steps tells nothing of a run of fewer steps, which would decay
+    earlier. So t is interpolated between the lengths of two runs, linearly in the final loss and the logarithm of the
+    length. If the shortest one still ends lower than the rival, its length is t.
+
+    Args:
+        ours: one seed's runs of one setting, of any lengths, the whole one among them.
+        rival: a whole run.
+    """
+    whole, *rest = sorted(ours, key=lambda r: -float(r.evaluated_at[-1]))
+    within = speedup(whole, rival)
+    if within is None or whole.diverged or whole.final > rival.final:
+        return within
+    length = before = math.log(float(whole.evaluated_at[-1]))
+    loss = whole.final
+    for run in rest:
+        now = math.log(float(run.evaluated_at[-1]))
+        if run.diverged or run.final > rival.final:
+            if not run.diverged:
+                length = before + (now - before) * (rival.final - loss) / (run.final - loss)
+            break
+        length, before, loss = now, now, run.final
+    return max(within, float(rival.evaluated_at[-1]) / math.exp(length))
 
 
 def time_ratio(ours: Iterable[Result], rival: Iterable[Result]) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from learned_optim.bench.curves import geometric_mean, spread
-from learned_optim.bench.scale.cells import Result, speedup, time_ratio
+from learned_optim.bench.scale.cells import Result, speedup, speedup_by_length, time_ratio
 from learned_optim.bench.scale.config import Model, Rival
 from learned_optim.bench.scale.plan import Tuned, tuned
 from learned_optim.bench.scale.rivals import Schedule, Setting, ours
@@ -21,11 +21,13 @@ class Runs:
         name: of the optimizer, for readers.
         results: by seed; empty where they are missing.
         tuning: of a rival.
+        shorter: runs of ours with the same schedule over fewer steps.
     """
 
     name: str
     results: tuple[Result, ...]
     tuning: Tuned | None = None
+    shorter: tuple[Result, ...] = ()
 
     @property
     def loss(self) -> float | None:
@@ -87,7 +89,12 @@ def compare(ours: Runs, rival: Runs) -> Comparison | None:
     """``None`` while runs are missing, or where the rival diverged."""
     its = {r.cell.seed: r for r in rival.results}
     pairs = [(r, its[r.cell.seed]) for r in ours.results if r.cell.seed in its]
-    values = [value for pair in pairs if (value := speedup(*pair)) is not None]
+    values = []
+    for mine, other in pairs:
+        fewer = [r for r in ours.shorter if r.cell.seed == mine.cell.seed]
+        value = speedup_by_length([mine, *fewer], other) if fewer else speedup(mine, other)
+        if value is not None:
+            values.append(value)
     if not values:
         return None
     iteration = time_ratio([r for r, _ in pairs], [r for _, r in pairs])
@@ -122,15 +129,17 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
         mine = [r for r in own if r.cell.setting.optimizer == "learned"]
         labels = sorted({r.cell.setting.policy for r in mine}) or ["default"]
         settings = [setting for label in labels for setting in ours(label)]
-        others = sorted(
-            {r.cell.setting for r in mine} - set(settings), key=lambda s: (s.policy, s.schedule, s.exponent)
-        )
-        of_ours, of_others = (
-            tuple(Runs(_name(s), _by_seed([r for r in mine if r.cell.setting == s])) for s in some)
-            for some in (settings, others)
-        )
+        whole = {r.cell.setting for r in mine if r.cell.setting.part == 1.0}
+        others = sorted(whole - set(settings), key=lambda s: (s.policy, s.schedule, s.exponent))
+        of_ours, of_others = (tuple(_runs(s, mine) for s in some) for some in (settings, others))
         rows.append(OfModel(model, device, of_ours, tuple(of_rivals), of_others))
     return rows
+
+
+def _runs(setting: Setting, results: Sequence[Result]) -> Runs:
+    alike = [r for r in results if dataclasses.replace(r.cell.setting, part=1.0) == setting]
+    own = _by_seed([r for r in alike if r.cell.setting == setting])
+    return Runs(_name(setting), own, shorter=_by_seed([r for r in alike if r.cell.setting != setting]))
 
 
 def _name(setting: Setting) -> str:

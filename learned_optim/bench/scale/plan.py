@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
@@ -10,10 +11,10 @@ from typing import NamedTuple
 
 from learned_optim.bench.scale.cells import Cell, Result
 from learned_optim.bench.scale.config import Model, Rival, ScaleConfig, ladder
-from learned_optim.bench.scale.rivals import Setting, ours, tuning
+from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
 
 #: What a cell tells, as its weight: ours, which every comparison needs; a rival's first rate on a model; the rest of
-#: its tuning; further seeds.
+#: its tuning; further seeds, and ours in fewer steps.
 OF_OURS, OF_FIRST, OF_TUNING, OF_SEEDS = 8.0, 8.0, 4.0, 2.0
 #: Floating-point operations per second, and seconds of a GPU's step and of compilation, for models not yet timed.
 RATE = {"cpu": 8e10, "cuda": 1.5e14}
@@ -113,7 +114,28 @@ def queue(
             if state.done and state.best is not None:
                 for seed in range(1, model.seeds):
                     add(model, state.best, seed, OF_SEEDS)
+                for label, seed in itertools.product(policies, range(model.seeds)):
+                    further = _shorter(model, label, policies[label], state.best, seed, mine)
+                    if further is not None:
+                        add(model, further, seed, OF_SEEDS)
     return sorted(entries.values(), key=lambda entry: -entry.value)
+
+
+def _shorter(
+    model: Model, label: str, fingerprint: str, rival: Setting, seed: int, results: Sequence[Result]
+) -> Setting | None:
+    """The next shorter run of ours that is needed to find the length at which it ends where the rival ends."""
+    alike = [r for r in results if r.cell.model == model and r.cell.seed == seed]
+    own = {r.cell.setting: r for r in alike if r.cell.policy in ("", fingerprint)}
+    _, setting = ours(label)
+    while rival in own and setting is not None:
+        run = own.get(setting)
+        if run is None:
+            return setting if setting.part != 1.0 else None  # the whole run is in the queue anyway
+        if run.diverged or run.final > own[rival].final:
+            return None
+        setting = shorter(setting)
+    return None
 
 
 def seconds(cell: Cell, results: Sequence[Result]) -> float:
@@ -123,9 +145,9 @@ def seconds(cell: Cell, results: Sequence[Result]) -> float:
     optimizer = [r for r in own if r.cell.setting.optimizer == cell.setting.optimizer] or own
     if optimizer:
         # Evaluations take about a fifth more.
-        return 1.2 * model.steps * statistics.median(r.step_seconds for r in optimizer)
-    guess = model.work / RATE[cell.device]
-    return 1.2 * guess if cell.device == "cpu" else COMPILATION + 1.2 * max(guess, LEAST_STEP * model.steps)
+        return 1.2 * cell.steps * statistics.median(r.step_seconds for r in optimizer)
+    guess = model.work * cell.setting.part / RATE[cell.device]
+    return 1.2 * guess if cell.device == "cpu" else COMPILATION + 1.2 * max(guess, LEAST_STEP * cell.steps)
 
 
 def listed(entries: Sequence[Entry]) -> str:

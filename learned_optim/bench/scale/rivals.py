@@ -25,6 +25,8 @@ WEIGHT_DECAY = 0.1
 BETAS = (0.9, 0.95)
 #: Learning rates are powers of two times this one.
 UNIT = 1e-3
+#: What is left of a run's steps in the next shorter one, and of the model's steps in the shortest.
+SHORTER, LEAST_PART = 0.8, 0.2
 #: Exponents of the first grid for the smallest model; larger ones begin around the best of the next smaller one.
 FIRST_GRID = {"adamw": (1, 2, 3, 4), "muon": (2, 3, 4, 5), "soap": (1, 2, 3, 4)}
 #: A larger model's grid, as exponents from the smaller one's best: the right learning rate falls with the size.
@@ -43,6 +45,8 @@ class Setting:
         auxiliary: exponent of the learning rate of Muon's AdamW, from Muon's own.
         schedule: of the learning rate.
         policy: label of the policy (``learned`` only).
+        part: of the model's steps that the run takes: with a schedule, the run that ends where a rival ends must be
+            found by its length.
     """
 
     optimizer: OptimizerName
@@ -50,6 +54,7 @@ class Setting:
     auxiliary: int = 0
     schedule: Schedule = "warmup_decay"
     policy: str = ""
+    part: float = 1.0
 
     @property
     def lr(self) -> float:
@@ -61,7 +66,8 @@ class Setting:
         """Part of a cell's name."""
         if self.optimizer == "learned":
             rate = f".lr{self.lr:g}" if self.exponent else ""
-            return f"{self.policy.replace('/', '-')}.{self.schedule}{rate}"
+            part = f".part{self.part:g}" if self.part != 1.0 else ""
+            return f"{self.policy.replace('/', '-')}.{self.schedule}{rate}{part}"
         return f"{self.optimizer}.lr{self.lr:g}" + (f".aux{2.0**self.auxiliary:g}" if self.optimizer == "muon" else "")
 
     def factor(self, done: float) -> float:
@@ -76,6 +82,12 @@ def ours(policy: str, exponent: int = 0) -> tuple[Setting, Setting]:
     """A policy with default arguments, and with the rivals' decay besides; or at another learning rate."""
     constant = Setting("learned", exponent, schedule="constant", policy=policy)
     return constant, dataclasses.replace(constant, schedule="decay")
+
+
+def shorter(setting: Setting) -> Setting | None:
+    """The same over four fifths of the steps; ``None`` where that would be less than ``LEAST_PART`` of them."""
+    part = round(SHORTER * setting.part, 2)
+    return dataclasses.replace(setting, part=part) if part >= LEAST_PART else None
 
 
 def tuning(

@@ -143,7 +143,7 @@ def train(
     Returns:
         The result, or ``None`` if the deadline came first.
     """
-    seed, steps, device = zlib.crc32(f"scale/{cell.model.name}/{cell.seed}".encode()), cell.model.steps, cell.device
+    seed, steps, device = zlib.crc32(f"scale/{cell.model.name}/{cell.seed}".encode()), cell.steps, cell.device
     with one_thread() if device == "cpu" else contextlib.nullcontext():
         network, run = problem.network(seed)
         optimizers = build(cell.setting, network, policy)
