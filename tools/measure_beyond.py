@@ -1,8 +1,8 @@
 """Runs unlike those of meta-training, against AdamW tuned for each: python tools/measure_beyond.py OUT.json
 
 Four times as many steps as any run of meta-training, ten times its largest network, batches of 1, 4 and 1,024, and
-parameters of two bytes. Perceptrons on the data of two validation families, letters and a formula; AdamW at
-the best of 14 settings, as in ``learned-optim bench``. One seed.
+parameters of two bytes. Perceptrons on the data of two validation families, letters and a formula, and a transformer on
+words; AdamW at the best of 14 settings, as in ``learned-optim bench``. One seed.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from learned_optim.bench.figures import compare_all
 from learned_optim.bench.quality import REFERENCE, run_quality
 from learned_optim.bench.quality_config import QualityConfig
 from learned_optim.tasks import FAMILIES, ModuleTask, Task
+from learned_optim.tasks.data_text import words
+from learned_optim.tasks.families.language import language_task
 from learned_optim.tasks.families.vision_validation import letter_data
-from learned_optim.tasks.nets import Style, mlp
+from learned_optim.tasks.nets import Style, TransformerLM, mlp
 from learned_optim.tasks.sampling import dataset_task
 
 CLASSES = 26
@@ -60,9 +62,22 @@ def renamed(task: Task, name: str, length: int) -> Task:
     return task
 
 
+def transformer(name: str) -> Task:
+    """Of width 384, four blocks, on 3,000 words."""
+    style, rng = Style(norm="layer"), torch.Generator().manual_seed(0)
+    return renamed(
+        language_task(
+            rng, lambda: TransformerLM(3000, 32, 384, 4, 6, style), lambda held_out: words("train", held_out, 3000),
+            context=32, batch_size=8, length=200,
+        ),
+        name, 200,
+    )  # fmt: skip
+
+
 TASKS: dict[str, Callable[[str], Task]] = {
     "6,000 steps": lambda name: renamed(FAMILIES["val_formula_regression"].task(1), name, 6000),
     "2.6 million parameters": lambda name: letters(name, [1200, 1200, 256], 64, 300),
+    "transformer of 9 million": transformer,
     "batches of 1": lambda name: letters(name, [128], 1, 1500),
     "batches of 4": lambda name: letters(name, [128], 4, 1500),
     "batches of 1,024": lambda name: letters(name, [256, 256], 1024, 300),
