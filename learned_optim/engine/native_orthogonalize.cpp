@@ -1,9 +1,9 @@
 // Orthogonalising matrices block by block: all products of a block run in the caches, and there is one call for all.
-// The same as rule/orthogonalize.py. All products but the last one are of polynomials of one symmetric matrix, which
-// are symmetric again: they take half of the time, since only what lies on and below the diagonal is multiplied.
+// The same as rule/orthogonalize.py. The Gram matrix is symmetric, and so are all products but the last, of polynomials
+// of it: they take half of the time, since only what lies on and below the diagonal is multiplied.
 
 #if defined(__AVX512F__)
-constexpr int64_t BYTES = 64, TILE = 3;  // of a vector; vectors of a row that are added up in registers
+constexpr int64_t BYTES = 64, TILE = 3;  // of a vector; vectors of a row that the last product adds up in registers
 #elif defined(__AVX__)
 constexpr int64_t BYTES = 32, TILE = 2;
 #else
@@ -49,6 +49,7 @@ static void strip(int64_t n, int64_t depth, Left a, const R* b, R* c, int64_t st
   int64_t i = 0;
   auto rows = [&](int64_t begin) { return Left{a.at(begin, 0), a.row, a.column}; };
   for (; i + ROWS <= n; i += ROWS) tile<ROWS, VECTORS>(depth, rows(i), b, c + i * stride, stride, sum.from(i * stride));
+  if (ROWS > 4 && i + 4 <= n) tile<4, VECTORS>(depth, rows(i), b, c + i * stride, stride, sum.from(i * stride)), i += 4;
   for (; i < n; i++) tile<1, VECTORS>(depth, rows(i), b, c + i * stride, stride, sum.from(i * stride));
 }
 
@@ -137,7 +138,7 @@ struct Room {  // what a thread needs for one block
     R* at = (R*)((uintptr_t(memory.data()) + 63) / 64 * 64);
     for (R** part : {&gram, &next, &factor, &total, &first}) *part = at, at += square;
     lines = at, out = at + tall;
-    std::fill(lines, lines + 2 * tall, R(0));  // what is not taken stays zero
+    std::fill(lines, lines + tall, R(0));  // what is not taken stays zero
   }
 };
 
