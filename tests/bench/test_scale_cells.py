@@ -12,14 +12,20 @@ import pytest
 
 from helpers.scale_cells import SMALL, cell, result
 from learned_optim.bench.curves import FLOOR
-from learned_optim.bench.scale.cells import Cell, Result, read, read_all, speedup, speedup_by_length, store, time_ratio
+from learned_optim.bench.scale import cells, plan
+from learned_optim.bench.scale.cells import Cell, Result, read, read_all, store, time_ratio
 from learned_optim.bench.scale.config import MODELS, ScaleConfig
 from learned_optim.bench.scale.figures import by_model, compare
 from learned_optim.bench.scale.plan import Tuned, queue, tuned
-from learned_optim.bench.scale.report import losses, speedups
+from learned_optim.bench.scale.report import UNFINISHED, losses, speedups
 from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
 
 (OURS, DECAYS), ADAMW = ours("default"), Setting("adamw", 2)
+
+
+def speedup(ours: Result | list[Result], rival: Result | list[Result]) -> float | None:
+    found = cells.speedup(*(runs if isinstance(runs, list) else [runs] for runs in (ours, rival)))
+    return None if found is None else found.value
 
 
 def curve(values: np.ndarray) -> Result:
@@ -61,24 +67,24 @@ def test_the_rivals_final_loss_is_not_smoothed_away() -> None:
         assert 0.9 < value < 1.0
 
 
-def lengths() -> list[Setting]:
+def lengths(whole: Setting = DECAYS) -> list[Setting]:
     settings: list[Setting] = []
-    following: Setting | None = DECAYS
+    following: Setting | None = whole
     while following is not None:
         settings.append(following)
         following = shorter(following)
     return settings
 
 
-@pytest.mark.parametrize("quickness", [1.0, 1.1, 1.7, 3.0])
+@pytest.mark.parametrize("quickness", [1.1, 1.7, 3.0])
 def test_with_a_schedule_speedup_is_found_by_the_length_of_the_run(quickness: float) -> None:
     rival, runs = result(cell(ADAMW)), [result(cell(s), quickness) for s in lengths()]
     assert {run.cell.steps for run in runs} == {round(SMALL.steps * s.part) for s in lengths()}
     for order in (runs, runs[::-1]):
-        value = speedup_by_length(order, rival)
-        # Interpolated between lengths; never less than what one run shows on its way.
-        assert value == pytest.approx(quickness, rel=0.01)
-    assert value >= (speedup(runs[0], rival) or 0.0)  # pyright: ignore[reportPossiblyUnboundVariable]
+        assert speedup(order, rival) == pytest.approx(quickness, rel=0.01)  # interpolated between lengths
+    its = [result(cell(s), quickness) for s in lengths(ADAMW)]
+    assert speedup(result(cell(DECAYS)), its) == pytest.approx(1.0 / quickness, rel=0.01)  # the rival ends lower
+    assert speedup(result(cell(OURS)), its) == pytest.approx(1.0 / quickness, rel=0.01)
 
 
 def test_a_run_that_only_its_decay_brings_down_is_not_held_to_its_whole_length() -> None:
@@ -86,16 +92,22 @@ def test_a_run_that_only_its_decay_brings_down_is_not_held_to_its_whole_length()
         base = result(cell(setting))
         return dataclasses.replace(base, held_out=np.concatenate([np.full(36, 2.0), np.linspace(2.0, end, 5)]))
 
+    whole, second, third = (falls(s, end) for s, end in zip(lengths(), (1.3, 1.4, 1.6), strict=False))
     rival = falls(ADAMW, 1.5)
-    whole, shorter_, shortest = (falls(s, end) for s, end in zip(lengths(), (1.3, 1.4, 1.6), strict=False))
-    assert (speedup(whole, rival) or 0.0) < 1.1
-    assert speedup_by_length([whole, shorter_, shortest], rival) == pytest.approx((0.8 * 0.64) ** -0.5, rel=0.01)
-    assert speedup_by_length([whole, shorter_], rival) == pytest.approx(1.25)  # at least: no run ends above the rival
-    broken = dataclasses.replace(shortest, held_out=np.full(41, math.inf))
-    assert speedup_by_length([whole, shorter_, broken], rival) == pytest.approx(1.25)
-    above = falls(DECAYS, 1.7)
-    assert speedup_by_length([above, shorter_], rival) == speedup(above, rival)
-    assert speedup_by_length([whole], dataclasses.replace(rival, held_out=np.full(41, math.inf))) is None
+    alone = cells.speedup([whole], [rival])
+    assert alone is not None
+    assert not alone.is_final
+    assert alone.value < 1.1
+    assert cells.speedup([whole, second, third], [rival]) == (pytest.approx((0.8 * 0.64) ** -0.5, rel=0.01), True)
+    assert cells.speedup([whole, second], [rival]) == (pytest.approx(1.25), False)  # no run ends above the rival
+    broken = dataclasses.replace(third, held_out=np.full(41, math.inf))
+    assert cells.speedup([whole, second, broken], [rival]) == (pytest.approx(1.25), True)
+    shortest = [falls(s, 1.4) for s in lengths()]
+    assert cells.speedup(shortest, [rival]) == (pytest.approx(1 / 0.21, rel=0.01), True)
+    its = [falls(s, end) for s, end in zip(lengths(ADAMW), (1.5, 1.6, 1.8), strict=False)]
+    for slower in (falls(DECAYS, 1.7), falls(OURS, 1.7)):
+        assert cells.speedup([slower, second], its) == (pytest.approx((0.8 * 0.64) ** 0.5, rel=0.01), True)
+    assert cells.speedup([whole], [broken]) is None
 
 
 def test_shorter_runs_are_made_until_one_ends_above_every_rival() -> None:
@@ -117,9 +129,59 @@ def test_shorter_runs_are_made_until_one_ends_above_every_rival() -> None:
     assert constant is not None
     assert decays is not None
     assert decays.steps == pytest.approx(constant.steps, rel=0.1)
+    assert constant.is_final
+    assert decays.is_final
+    assert UNFINISHED not in speedups([row])
     # Of another policy all of ours is missing again, and shorter runs wait for the whole one.
     anew = queue(config, {"default": "sha256:1"}, results, "text", config.chosen())
     assert {e.cell.setting.part for e in anew} == {1.0}
+    begun = [r for r in results if r.cell.setting.part in (1.0, 0.8)]  # ours is not yet above either rival
+    left = {(c.setting.part, c.seed) for c in cells_of(config, begun)}
+    assert left == {(0.64, 0), (0.64, 1)}
+    (row,) = by_model(begun, config.chosen(), config.rivals)
+    assert f"{UNFINISHED} |" in speedups([row])
+    old = [dataclasses.replace(r, cell=dataclasses.replace(r.cell, policy="older")) for r in begun
+           if r.cell.setting.part == 0.8]  # fmt: skip
+    whole = [r for r in results if r.cell.setting.part == 1.0]
+    assert {c.setting.part for c in cells_of(config, [*whole, *old])} == {0.8}
+
+
+def test_a_rival_that_ends_lower_is_trained_over_fewer_steps() -> None:
+    config = ScaleConfig(models=("text-0.3M",), rivals=("adamw",))
+    results: list[Result] = []
+    while left := cells_of(config, results):
+        setting, seed = left[0].setting, left[0].seed
+        best = (0.7, 0.65)[seed] if setting.optimizer == "learned" else 1.0
+        results.append(result(left[0], best * 0.9 ** abs(setting.exponent - 2 * (setting.optimizer == "adamw"))))
+    parts = [sorted(r.cell.setting.part for r in results if r.cell.setting.optimizer == "adamw" and r.cell.seed == seed
+                    and r.cell.setting.exponent == 2) for seed in (0, 1)]  # fmt: skip
+    assert parts == [[0.64, 0.8, 1.0], [0.64, 0.8, 1.0]]
+    (row,) = by_model(results, config.chosen(), config.rivals)
+    for runs in row.ours:
+        comparison = compare(runs, row.rivals[0])
+        assert comparison is not None
+        assert comparison.steps == pytest.approx((0.7 * 0.65) ** 0.5, rel=0.02)  # each seed by its own runs
+        assert comparison.is_final
+    assert row.rivals[0].tuning is not None
+    assert {s.part for s in row.rivals[0].tuning.tried} == {1.0}
+
+
+def test_no_shorter_run_is_made_against_a_rival_that_diverged() -> None:
+    config = ScaleConfig(models=("text-0.3M",), rivals=("adamw",))
+    results: list[Result] = []
+    while left := cells_of(config, results):
+        results.append(result(left[0], 0.0 if left[0].setting.optimizer == "adamw" else 2.0))
+    assert {r.cell.setting.part for r in results} == {1.0}
+
+
+def test_a_shorter_run_is_expected_to_take_its_part_of_the_time() -> None:
+    short = cell(lengths()[1])
+    known = [result(cell(DECAYS))]
+    assert plan.seconds(short, known) == pytest.approx(0.8 * plan.seconds(cell(DECAYS), known))
+    assert plan.seconds(short, []) == pytest.approx(0.8 * plan.seconds(cell(DECAYS), []))
+    quick = [dataclasses.replace(c, device="cuda", model=MODELS["images-0.1M"]) for c in (short, cell(DECAYS))]
+    first, second = (plan.seconds(c, []) - plan.COMPILATION for c in quick)
+    assert first == pytest.approx(0.8 * second)
 
 
 def test_whole_runs_are_called_what_they_were_before_there_were_shorter_ones() -> None:

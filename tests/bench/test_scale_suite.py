@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,19 @@ def test_a_run_goes_on_where_it_was_stopped(cache: Path, tmp_path: Path, name: s
     np.testing.assert_array_equal(pieces.held_out, whole.held_out)
     np.testing.assert_array_equal(pieces.losses, whole.losses)
     assert 0.0 < whole.update_seconds < whole.step_seconds
+
+
+def test_a_shorter_run_ends_sooner_and_decays_sooner(cache: Path, tmp_path: Path) -> None:
+    model = quick(MODELS["text-0.3M"])
+    problem = train.problem(model, "cpu", text.load(cache))
+    short = dataclasses.replace(ours("default")[1], part=0.5)
+    by_part = Cell(model, short, 0, "cpu")
+    by_model_ = Cell(dataclasses.replace(model, steps=model.steps // 2), ours("default")[1], 0, "cpu")
+    one, other = (train.train(c, problem, POLICIES["default"], tmp_path / "run.pt") for c in (by_part, by_model_))
+    assert one is not None
+    assert other is not None
+    assert one.evaluated_at[-1] == one.cell.steps == model.steps // 2
+    np.testing.assert_array_equal(one.held_out, other.held_out)
 
 
 def test_settings_share_their_first_parameters_and_seeds_do_not(cache: Path, tmp_path: Path) -> None:

@@ -8,13 +8,13 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from learned_optim.bench.curves import DIVERGED_ABOVE, FLOOR, Values, first_reaches
 from learned_optim.bench.scale.config import Model
-from learned_optim.bench.scale.rivals import Setting
+from learned_optim.bench.scale.rivals import Setting, shorter
 from learned_optim.policy.files import write_atomically
 
 #: Goes up when runs made before are no longer comparable.
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def steps(self) -> int:
-        """Of the run."""
+        """How many the run takes."""
         return round(self.model.steps * self.setting.part)
 
     def key(self) -> dict[str, Any]:
@@ -107,54 +107,80 @@ class Result:
         return self.evaluated_at, np.lib.stride_tricks.sliding_window_view(padded, SMOOTHING).mean(1)
 
 
-def speedup(ours: Result, rival: Result) -> float | None:
-    """How many times fewer steps ours needs to the rival's loss at its end; ``None`` over a rival that diverged.
+class Speedup(NamedTuple):
+    """Of ours over a rival."""
 
-    ``T / t`` with T the length of the runs and t the first step at which ours, smoothed, is at or below the rival's
-    final held-out loss. Where ours never is: ``t' / T`` with t' the step at which the rival reaches the final loss of
-    ours, and no more than 1. Smoothing takes away from ours only: what is low once by chance does not count, and the
-    rival's losses stand as they are, since a mean over a learning rate that decays would make them higher.
+    value: float
+    is_final: bool  #: whether no run is missing that would change it
+
+
+def speedup(ours: Sequence[Result], rival: Sequence[Result]) -> Speedup | None:
+    """How many times fewer steps one needs to end where the other ends; ``None`` over a rival that diverged.
+
+    A learning rate that decays over the last fifth of T steps says nothing of a run of fewer steps, which would decay
+    earlier. So whoever ends lower is trained over fewer steps, too: T over the number with which it would end where
+    the other ends, or the inverse if that is the rival. With a constant rate any step of ours is the end of a run:
+    there it is the first step at which ours, smoothed, is at or below the rival's end. Smoothing takes away from ours
+    only: what is low once by chance does not count.
+
     Within [0.01, 100], and 0.01 if ours diverged.
-    """
-    if rival.diverged:
-        return None
-    if ours.diverged:
-        return FLOOR
-    length = float(rival.evaluated_at[-1])
-    mine = first_reaches(*ours.smoothed(), rival.final)
-    ratio = (
-        length / mine
-        if mine is not None
-        else (first_reaches(rival.evaluated_at, rival.held_out, ours.final) or length) / length
-    )
-    return min(max(ratio, FLOOR), 1.0 / FLOOR)
-
-
-def speedup_by_length(ours: Sequence[Result], rival: Result) -> float | None:
-    """The same for runs with a schedule: ``T / t`` with t the length of the run of ours that ends where the rival ends.
-
-    A learning rate that decays over the last fifth of T steps tells nothing of a run of fewer steps, which would decay
-    earlier. So t is interpolated between the lengths of two runs, linearly in the final loss and the logarithm of the
-    length. If the shortest one still ends lower than the rival, its length is t.
 
     Args:
-        ours: one seed's runs of one setting, of any lengths, the whole one among them.
-        rival: a whole run.
+        ours: one seed's runs of one setting, the whole one among them.
+        rival: likewise.
     """
-    whole, *rest = sorted(ours, key=lambda r: -float(r.evaluated_at[-1]))
-    within = speedup(whole, rival)
-    if within is None or whole.diverged or whole.final > rival.final:
-        return within
-    length = before = math.log(float(whole.evaluated_at[-1]))
-    loss = whole.final
+    whole, other = (max(runs, key=lambda r: r.cell.steps) for runs in (ours, rival))
+    if other.diverged:
+        return None
+    if whole.diverged:
+        return Speedup(FLOOR, True)
+    length, is_final = float(whole.cell.steps), True
+    if (reached := reached_at(whole, other.final)) is not None:
+        ratio = length / reached
+    elif whole.final > other.final:
+        steps, is_final = ending_at(rival, whole.final)
+        ratio = steps / length
+    else:
+        steps, is_final = ending_at(ours, other.final)
+        ratio = length / steps
+    return Speedup(min(max(ratio, FLOOR), 1.0 / FLOOR), is_final)
+
+
+def reached_at(run: Result, loss: float) -> float | None:
+    """The first step at which a run with a constant rate, smoothed, is at or below a loss, if there is one."""
+    return first_reaches(*run.smoothed(), loss) if run.cell.setting.schedule == "constant" else None
+
+
+class Ending(NamedTuple):
+    """A run that would end at some loss."""
+
+    steps: float
+    is_final: bool  #: whether one of the runs ends above that loss, or is as short as any will be
+
+
+def ending_at(runs: Sequence[Result], loss: float) -> Ending:
+    """The length of run that would end at a loss, between those of the two runs next to it.
+
+    Interpolated linearly in the final loss and the logarithm of the length. If all end lower, the shortest run's; if
+    there is but one, the step at which it reaches the loss, which is too late where its rate decays.
+
+    Args:
+        runs: of one seed and setting; the longest ends at the loss or lower.
+        loss: held out.
+    """
+    longest, *rest = sorted(runs, key=lambda r: -r.cell.steps)
+    if not rest:
+        steps = first_reaches(longest.evaluated_at, longest.held_out, loss) or longest.cell.steps
+        return Ending(steps, longest.final == loss)
+    before = longest
     for run in rest:
-        now = math.log(float(run.evaluated_at[-1]))
-        if run.diverged or run.final > rival.final:
-            if not run.diverged:
-                length = before + (now - before) * (rival.final - loss) / (run.final - loss)
-            break
-        length, before, loss = now, now, run.final
-    return max(within, float(rival.evaluated_at[-1]) / math.exp(length))
+        if run.diverged:
+            return Ending(before.cell.steps, True)
+        if run.final > loss:
+            part = (loss - before.final) / (run.final - before.final)
+            return Ending(before.cell.steps * (run.cell.steps / before.cell.steps) ** part, True)
+        before = run
+    return Ending(before.cell.steps, before.final == loss or shorter(before.cell.setting) is None)
 
 
 def time_ratio(ours: Iterable[Result], rival: Iterable[Result]) -> float:

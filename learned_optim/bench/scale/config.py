@@ -27,7 +27,7 @@ class Model:
         depth: blocks (of each stage).
         width: of the residual stream (of the first stage).
         batch: sequences or images per step.
-        steps: of the run.
+        steps: of a whole run.
         context: tokens per sequence.
         parameters: all of them, embeddings included.
         seeds: runs of the settings that are compared in the end.
@@ -52,7 +52,7 @@ class Model:
 
     @property
     def work(self) -> float:
-        """Floating-point operations of the run's gradients."""
+        """Floating-point operations of a whole run's gradients."""
         if self.line == "text":
             attention = 2 * self.depth * self.width * self.context  # causal: half of the products are needed
             return 6.0 * self.steps * self.batch * self.context * (self.parameters + attention)
@@ -96,7 +96,8 @@ class ScaleConfig:
         policies: to measure: bundled names, folders or Hub ids.
         models: names or patterns, as ``text-*``; none means those of the device: the small ones on ``cpu``, the others
             on ``cuda``.
-        cells: patterns of the runs that are made, as ``*.muon.*``; ``--dry-run`` lists their names.
+        cells: patterns of the runs that are made, as ``*.muon.*``; ``--dry-run`` lists their names. Runs over fewer
+            steps, which speedups with a schedule need, are ``*.part*``.
         rivals: what ours is compared with, each tuned.
         exponents: ours runs at the default learning rate times these powers of two, too: does it remain right?
         minutes: no run is begun that is not expected to end within them, and one under way is kept and stopped; 0 is

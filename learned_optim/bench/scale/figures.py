@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean
 
 from learned_optim.bench.curves import geometric_mean, spread
-from learned_optim.bench.scale.cells import Result, speedup, speedup_by_length, time_ratio
+from learned_optim.bench.scale.cells import Result, speedup, time_ratio
 from learned_optim.bench.scale.config import Model, Rival
 from learned_optim.bench.scale.plan import Tuned, tuned
 from learned_optim.bench.scale.rivals import Schedule, Setting, ours
@@ -21,7 +21,7 @@ class Runs:
         name: of the optimizer, for readers.
         results: by seed; empty where they are missing.
         tuning: of a rival.
-        shorter: runs of ours with the same schedule over fewer steps.
+        shorter: runs with the same schedule over fewer steps.
     """
 
     name: str
@@ -44,12 +44,15 @@ class Comparison:
         deviation: its standard deviation over the seeds; ``None`` for one seed.
         iteration: time of an iteration over the rival's.
         seeds: how many.
+        is_final: whether no run is missing that would change it: the rival is tuned, and whoever ends lower was
+            trained over as few steps as it takes to end above the other.
     """
 
     steps: float
     deviation: float | None
     iteration: float
     seeds: int
+    is_final: bool
 
     @property
     def time(self) -> float:
@@ -89,16 +92,18 @@ def compare(ours: Runs, rival: Runs) -> Comparison | None:
     """``None`` while runs are missing, or where the rival diverged."""
     its = {r.cell.seed: r for r in rival.results}
     pairs = [(r, its[r.cell.seed]) for r in ours.results if r.cell.seed in its]
-    values = []
-    for mine, other in pairs:
-        fewer = [r for r in ours.shorter if r.cell.seed == mine.cell.seed]
-        value = speedup_by_length([mine, *fewer], other) if fewer else speedup(mine, other)
-        if value is not None:
-            values.append(value)
-    if not values:
+    speedups = [
+        speedup(*([whole, *(r for r in runs.shorter if r.cell.seed == whole.cell.seed)]
+                  for runs, whole in zip((ours, rival), pair, strict=True)))
+        for pair in pairs
+    ]  # fmt: skip
+    found = [s for s in speedups if s is not None]
+    if not found:
         return None
+    values = [s.value for s in found]
     iteration = time_ratio([r for r, _ in pairs], [r for _, r in pairs])
-    return Comparison(geometric_mean(values), spread(values), iteration, len(values))
+    is_final = all(s.is_final for s in found) and (rival.tuning is None or rival.tuning.done)
+    return Comparison(geometric_mean(values), spread(values), iteration, len(values), is_final)
 
 
 def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequence[Rival]) -> list[OfModel]:
@@ -124,22 +129,22 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
         of_rivals = []
         for rival in rivals:
             state = tuned(rival, models, same)[model.name]
-            best = [r for r in own if r.cell.setting == state.best]
-            of_rivals.append(Runs(RIVALS[rival], _by_seed(best), state))
+            name = RIVALS[rival]
+            of_rivals.append(Runs(name, (), state) if state.best is None else _runs(name, state.best, own, state))
         mine = [r for r in own if r.cell.setting.optimizer == "learned"]
         labels = sorted({r.cell.setting.policy for r in mine}) or ["default"]
         settings = [setting for label in labels for setting in ours(label)]
         whole = {r.cell.setting for r in mine if r.cell.setting.part == 1.0}
         others = sorted(whole - set(settings), key=lambda s: (s.policy, s.schedule, s.exponent))
-        of_ours, of_others = (tuple(_runs(s, mine) for s in some) for some in (settings, others))
+        of_ours, of_others = (tuple(_runs(_name(s), s, mine) for s in some) for some in (settings, others))
         rows.append(OfModel(model, device, of_ours, tuple(of_rivals), of_others))
     return rows
 
 
-def _runs(setting: Setting, results: Sequence[Result]) -> Runs:
+def _runs(name: str, setting: Setting, results: Sequence[Result], tuning: Tuned | None = None) -> Runs:
     alike = [r for r in results if dataclasses.replace(r.cell.setting, part=1.0) == setting]
     own = _by_seed([r for r in alike if r.cell.setting == setting])
-    return Runs(_name(setting), own, shorter=_by_seed([r for r in alike if r.cell.setting != setting]))
+    return Runs(name, own, tuning, _by_seed([r for r in alike if r.cell.setting != setting]))
 
 
 def _name(setting: Setting) -> str:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from learned_optim.bench.scale.cells import Cell, Result
+from learned_optim.bench.scale.cells import Cell, Result, reached_at
 from learned_optim.bench.scale.config import Model, Rival, ScaleConfig, ladder
 from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
 
@@ -64,6 +64,7 @@ def tuned(rival: Rival, models: Sequence[Model], results: Sequence[Result]) -> d
         losses = {
             r.cell.setting: r.final for r in results
             if r.cell.model == model and r.cell.seed == 0 and r.cell.setting.optimizer == rival
+            and r.cell.setting.part == 1.0
         }  # fmt: skip
         missing, best = tuning(rival, losses, smaller.get(model.line))
         states[model.name] = Tuned(best, tuple(losses), tuple(missing))
@@ -115,27 +116,34 @@ def queue(
                 for seed in range(1, model.seeds):
                     add(model, state.best, seed, OF_SEEDS)
                 for label, seed in itertools.product(policies, range(model.seeds)):
-                    further = _shorter(model, label, policies[label], state.best, seed, mine)
-                    if further is not None:
-                        add(model, further, seed, OF_SEEDS)
+                    of_seed = [r for r in mine if r.cell.model == model and r.cell.seed == seed]
+                    for setting in _shorter(ours(label), policies[label], state.best, of_seed):
+                        add(model, setting, seed, OF_SEEDS)
     return sorted(entries.values(), key=lambda entry: -entry.value)
 
 
-def _shorter(
-    model: Model, label: str, fingerprint: str, rival: Setting, seed: int, results: Sequence[Result]
-) -> Setting | None:
-    """The next shorter run of ours that is needed to find the length at which it ends where the rival ends."""
-    alike = [r for r in results if r.cell.model == model and r.cell.seed == seed]
-    own = {r.cell.setting: r for r in alike if r.cell.policy in ("", fingerprint)}
-    _, setting = ours(label)
-    while rival in own and setting is not None:
-        run = own.get(setting)
-        if run is None:
-            return setting if setting.part != 1.0 else None  # the whole run is in the queue anyway
-        if run.diverged or run.final > own[rival].final:
-            return None
-        setting = shorter(setting)
-    return None
+def _shorter(mine: Sequence[Setting], fingerprint: str, rival: Setting, results: Sequence[Result]) -> Iterator[Setting]:
+    """The next shorter runs that are needed to compare settings of ours with a rival's; see ``cells.speedup``.
+
+    Args:
+        mine: whole runs.
+        fingerprint: of the policy.
+        rival: a whole run, the best of its tuning.
+        results: of one model and one seed.
+    """
+    runs = {r.cell.setting: r for r in results if r.cell.policy in ("", fingerprint)}
+    its = runs.get(rival)
+    for setting in mine:
+        own = runs.get(setting)
+        if its is None or own is None or its.diverged or own.diverged or reached_at(own, its.final) is not None:
+            continue
+        lower, end = (rival, own.final) if own.final > its.final else (setting, its.final)
+        following: Setting | None = lower
+        while following in runs:
+            run = runs[following]
+            following = None if run.diverged or run.final >= end else shorter(following)
+        if following is not None:
+            yield following
 
 
 def seconds(cell: Cell, results: Sequence[Result]) -> float:

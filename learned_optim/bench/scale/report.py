@@ -97,7 +97,7 @@ def speedup(comparison: Comparison | None, rival: Runs, *, time: bool) -> str:
     text = f"{comparison.steps * factor:.2f}"
     if comparison.deviation is not None:
         text += f" ± {comparison.deviation * factor:.2f}"
-    return text if rival.tuning is None or rival.tuning.done else f"{text} {UNFINISHED}"
+    return text if comparison.is_final else f"{text} {UNFINISHED}"
 
 
 def _loss(runs: Runs) -> str:
@@ -121,10 +121,10 @@ def _tried(runs: Runs) -> str:
 
 
 def _footnote(rows: Sequence[OfModel]) -> str:
-    unfinished = any(
-        r.tuning is not None and not r.tuning.done and r.results for row in rows for r in row.rivals
-    )  # fmt: skip
-    return f"\n\\{UNFINISHED} The rival's tuning is not finished.\n" if unfinished else ""
+    compared = (compare(ours, rival) for row in rows for ours in row.ours for rival in row.rivals)
+    if all(comparison is None or comparison.is_final for comparison in compared):
+        return ""
+    return f"\n\\{UNFINISHED} Runs are missing: of the rival's tuning, or over fewer steps.\n"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -45,8 +45,8 @@ class Setting:
         auxiliary: exponent of the learning rate of Muon's AdamW, from Muon's own.
         schedule: of the learning rate.
         policy: label of the policy (``learned`` only).
-        part: of the model's steps that the run takes: with a schedule, the run that ends where a rival ends must be
-            found by its length.
+        part: of the model's steps that the run takes: with a schedule, the run that ends at some loss must be found
+            by its length.
     """
 
     optimizer: OptimizerName
@@ -64,11 +64,12 @@ class Setting:
     @property
     def text(self) -> str:
         """Part of a cell's name."""
+        part = f".part{self.part:g}" if self.part != 1.0 else ""
         if self.optimizer == "learned":
             rate = f".lr{self.lr:g}" if self.exponent else ""
-            part = f".part{self.part:g}" if self.part != 1.0 else ""
             return f"{self.policy.replace('/', '-')}.{self.schedule}{rate}{part}"
-        return f"{self.optimizer}.lr{self.lr:g}" + (f".aux{2.0**self.auxiliary:g}" if self.optimizer == "muon" else "")
+        auxiliary = f".aux{2.0**self.auxiliary:g}" if self.optimizer == "muon" else ""
+        return f"{self.optimizer}.lr{self.lr:g}{auxiliary}{part}"
 
     def factor(self, done: float) -> float:
         """Factor of the learning rate after the part ``done`` of the run, in [0, 1)."""
