@@ -47,11 +47,11 @@ def scale_runs(results: Results) -> str:
 
 
 def speedup_of(model: str, rival: int, policy: str) -> Callable[[Results], str]:
-    """Figure within a sentence: in steps, with constant learning rate; rivals are AdamW and Muon."""
+    """Figure within a sentence: in steps, with the rivals' decay; rivals are AdamW and Muon."""
 
     def figure(results: Results) -> str:
         (row,) = (row for row in rows(results) if row.model.name == model)
-        mine = [runs for runs in row.ours if runs.name.startswith(f"{policy}, constant")]
+        mine = [runs for runs in row.ours if runs.name == f"{policy}, with decay"]
         comparison = compare(mine[0], row.rivals[rival]) if mine else None
         return report.MISSING if comparison is None else f"{comparison.steps:.2f}"
 
