@@ -57,6 +57,8 @@ def test_a_loss_that_is_low_once_by_chance_is_not_reached() -> None:
     rival, values = result(cell(ADAMW)), np.full(41, 1.5)
     values[10] = rival.final - 0.01
     assert speedup(curve(values), rival) == pytest.approx(speedup(curve(np.full(41, 1.5)), rival))
+    values[10], values[40] = 1.5, rival.final - 0.01
+    assert cells.speedup([curve(values)], [rival]) == (1.0, True)
 
 
 def test_the_rivals_final_loss_is_not_smoothed_away() -> None:

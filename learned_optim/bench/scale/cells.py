@@ -147,8 +147,11 @@ def speedup(ours: Sequence[Result], rival: Sequence[Result]) -> Speedup | None:
 
 
 def reached_at(run: Result, loss: float) -> float | None:
-    """The first step at which a run with a constant rate, smoothed, is at or below a loss, if there is one."""
-    return first_reaches(*run.smoothed(), loss) if run.cell.setting.schedule == "constant" else None
+    """The first step at which a run with a constant rate, smoothed or at its end, is at or below a loss, if any."""
+    if run.cell.setting.schedule != "constant":
+        return None
+    step = first_reaches(*run.smoothed(), loss)
+    return float(run.cell.steps) if step is None and run.final <= loss else step
 
 
 class Ending(NamedTuple):
