@@ -35,7 +35,7 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
     time.set(title="in time")
     legend(figure, steps, columns=4)
     figure.suptitle(
-        "Nothing tuned against rivals tuned for each model: speedup to the rival's final held-out loss", fontsize=11
+        "Nothing tuned against rivals tuned for each model: speedup to the same held-out loss at the end", fontsize=11
     )
     return save(figure, path)
 
@@ -44,6 +44,10 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
     for line, styles in (("text", ("-", "--")), ("images", (":", "-."))):
         own = [row for row in rows if row.model.line == line]
         settings = dict.fromkeys(runs.name for row in own for runs in row.ours)  # of each policy constant, then decay
+        measured = [row.model.parameters for row in own if row.results]
+        if measured:
+            place = {"xy": (0.85 * min(measured), 0.08), "xycoords": ("data", "axes fraction")}
+            axes.annotate(line, **place, ha="left", color="0.4", fontsize=8)
         for i, setting in enumerate(settings):
             for name, colour in _RIVALS.items():
                 points = []
@@ -70,7 +74,7 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
         axes.annotate("× not measured yet", (0.98, 0.05), xycoords="axes fraction", ha="right", color="0.5", fontsize=8)
     axes.axhline(1.0, color="0.4", linewidth=1)
     low, high = axes.get_ylim()
-    axes.set(xscale="log", xlabel="parameters", ylim=(min(low, 0.6), max(high, 2.0)))
+    axes.set(xscale="log", xlabel="parameters", ylim=(min(low, 0.6) - 0.15, max(high, 2.0)))
     axes.annotate(
         "above 1: ours is faster", (0.98, 0.96), xycoords="axes fraction", ha="right", color="0.4", fontsize=8
     )
