@@ -1,8 +1,8 @@
 """Runs unlike those of meta-training, against AdamW tuned for each: python tools/measure_beyond.py OUT.json
 
-Four times as many steps as any run of meta-training, ten and forty times its largest network, batches of 1, 4 and 1,024, and
-parameters of two bytes. Perceptrons on the data of two validation families, letters and a formula, and a transformer on
-words; AdamW at the best of 14 settings, as in ``learned-optim bench``. One seed.
+Four times as many steps as any run of meta-training, ten and forty times its largest network, batches of 1, 4 and
+1,024, and parameters of two bytes. Perceptrons on the data of two validation families, letters and a formula, and a
+transformer on words; AdamW at the best of 14 settings, as in ``learned-optim bench``. One seed.
 """
 
 from __future__ import annotations
