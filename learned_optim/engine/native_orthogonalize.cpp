@@ -193,6 +193,9 @@ static Sums polar(const Matrix& x, int64_t number, const Settings& s, R* q, Room
     commuting(r, next, factor, gram, w);
   }
   std::copy(total, total + square, q);
+  // Symmetric to the last bit, so that X and X^T in memory move alike.
+  for (int64_t i = 0; i < r; i++)
+    for (int64_t j = i + 1; j < std::min(r, (i / WIDTH + 1) * WIDTH); j++) q[i * w + j] = q[j * w + i];
   commuting(r, q, room.first, next, w);
   double diagonal = 0;
   for (int64_t i = 0; i < r; i++) {
