@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from helpers.scale_cells import SMALL, cell, result
+from helpers.scale_cells import SMALL, cell, judged, lengths, result
 from learned_optim.bench.curves import FLOOR
 from learned_optim.bench.scale import cells, plan
 from learned_optim.bench.scale.cells import Cell, Result, read, read_all, store, time_ratio
@@ -18,7 +18,7 @@ from learned_optim.bench.scale.config import MODELS, ScaleConfig
 from learned_optim.bench.scale.figures import by_model, compare
 from learned_optim.bench.scale.plan import Tuned, queue, tuned
 from learned_optim.bench.scale.report import UNFINISHED, losses, speedups
-from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
+from learned_optim.bench.scale.rivals import Setting, ours, tuning
 
 (OURS, DECAYS), ADAMW = ours("default"), Setting("adamw", 2)
 
@@ -58,7 +58,7 @@ def test_a_loss_that_is_low_once_by_chance_is_not_reached() -> None:
     values[10] = rival.final - 0.01
     assert speedup(curve(values), rival) == pytest.approx(speedup(curve(np.full(41, 1.5)), rival))
     values[10], values[40] = 1.5, rival.final - 0.01
-    assert cells.speedup([curve(values)], [rival]) == (1.0, True)
+    assert judged([curve(values)], [rival]) == (1.0, True)
 
 
 def test_the_rivals_final_loss_is_not_smoothed_away() -> None:
@@ -69,19 +69,10 @@ def test_the_rivals_final_loss_is_not_smoothed_away() -> None:
         assert 0.9 < value < 1.0
 
 
-def lengths(whole: Setting = DECAYS) -> list[Setting]:
-    settings: list[Setting] = []
-    following: Setting | None = whole
-    while following is not None:
-        settings.append(following)
-        following = shorter(following)
-    return settings
-
-
 @pytest.mark.parametrize("quickness", [1.1, 1.7, 3.0])
 def test_with_a_schedule_speedup_is_found_by_the_length_of_the_run(quickness: float) -> None:
-    rival, runs = result(cell(ADAMW)), [result(cell(s), quickness) for s in lengths()]
-    assert {run.cell.steps for run in runs} == {round(SMALL.steps * s.part) for s in lengths()}
+    rival, runs = result(cell(ADAMW)), [result(cell(s), quickness) for s in lengths(DECAYS)]
+    assert {run.cell.steps for run in runs} == {round(SMALL.steps * s.part) for s in lengths(DECAYS)}
     for order in (runs, runs[::-1]):
         assert speedup(order, rival) == pytest.approx(quickness, rel=0.01)  # interpolated between lengths
     its = [result(cell(s), quickness) for s in lengths(ADAMW)]
@@ -94,21 +85,21 @@ def test_a_run_that_only_its_decay_brings_down_is_not_held_to_its_whole_length()
         base = result(cell(setting))
         return dataclasses.replace(base, held_out=np.concatenate([np.full(36, 2.0), np.linspace(2.0, end, 5)]))
 
-    whole, second, third = (falls(s, end) for s, end in zip(lengths(), (1.3, 1.4, 1.6), strict=False))
+    whole, second, third = (falls(s, end) for s, end in zip(lengths(DECAYS), (1.3, 1.4, 1.6), strict=False))
     rival = falls(ADAMW, 1.5)
     alone = cells.speedup([whole], [rival])
     assert alone is not None
     assert not alone.is_final
     assert alone.value < 1.1
-    assert cells.speedup([whole, second, third], [rival]) == (pytest.approx((0.8 * 0.64) ** -0.5, rel=0.01), True)
-    assert cells.speedup([whole, second], [rival]) == (pytest.approx(1.25), False)  # no run ends above the rival
+    assert judged([whole, second, third], [rival]) == (pytest.approx((0.8 * 0.64) ** -0.5, rel=0.01), True)
+    assert judged([whole, second], [rival]) == (pytest.approx(1.25), False)  # no run ends above the rival
     broken = dataclasses.replace(third, held_out=np.full(41, math.inf))
-    assert cells.speedup([whole, second, broken], [rival]) == (pytest.approx(1.25), True)
-    shortest = [falls(s, 1.4) for s in lengths()]
-    assert cells.speedup(shortest, [rival]) == (pytest.approx(1 / 0.21, rel=0.01), True)
+    assert judged([whole, second, broken], [rival]) == (pytest.approx(1.25), True)
+    shortest = [falls(s, 1.4) for s in lengths(DECAYS)]
+    assert judged(shortest, [rival]) == (pytest.approx(1 / 0.21, rel=0.01), True)
     its = [falls(s, end) for s, end in zip(lengths(ADAMW), (1.5, 1.6, 1.8), strict=False)]
     for slower in (falls(DECAYS, 1.7), falls(OURS, 1.7)):
-        assert cells.speedup([slower, second], its) == (pytest.approx((0.8 * 0.64) ** 0.5, rel=0.01), True)
+        assert judged([slower, second], its) == (pytest.approx((0.8 * 0.64) ** 0.5, rel=0.01), True)
     assert cells.speedup([whole], [broken]) is None
 
 
@@ -177,7 +168,7 @@ def test_no_shorter_run_is_made_against_a_rival_that_diverged() -> None:
 
 
 def test_a_shorter_run_is_expected_to_take_its_part_of_the_time() -> None:
-    short = cell(lengths()[1])
+    short = cell(lengths(DECAYS)[1])
     known = [result(cell(DECAYS))]
     assert plan.seconds(short, known) == pytest.approx(0.8 * plan.seconds(cell(DECAYS), known))
     assert plan.seconds(short, []) == pytest.approx(0.8 * plan.seconds(cell(DECAYS), []))
@@ -192,7 +183,7 @@ def test_whole_runs_are_called_what_they_were_before_there_were_shorter_ones() -
     assert paths
     for path in paths:
         assert read(path).cell.path(folder) == path
-    assert cell(lengths()[1]).path(Path()).name.startswith("text-0.3M.default.decay.part0.8.s0")
+    assert cell(lengths(DECAYS)[1]).path(Path()).name.startswith("text-0.3M.default.decay.part0.8.s0")
 
 
 def test_what_diverged() -> None:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from learned_optim.bench.scale.cells import EVALUATIONS, Cell, Result
+from learned_optim.bench.scale.cells import EVALUATIONS, Cell, Result, speedup
 from learned_optim.bench.scale.config import MODELS, VOCABULARY, Model
-from learned_optim.bench.scale.rivals import Setting
+from learned_optim.bench.scale.rivals import Setting, shorter
 from learned_optim.bench.scale.text import FORMAT
 
 SMALL = MODELS["text-0.3M"]
@@ -24,6 +24,23 @@ def result(cell: Cell, quickness: float = 1.0, *, update: float = 0.1, date: str
     at = np.round(np.linspace(0, cell.steps, EVALUATIONS + 1))
     losses = 1.0 + (1.0 + quickness * at) ** -0.5 if quickness else np.full(len(at), math.inf)
     return Result(cell, at, losses, losses[1:], 1.0 + update, update, {"date": date})
+
+
+def judged(ours: list[Result], rival: list[Result]) -> tuple[float, bool]:
+    """The speedup, and whether no run is missing."""
+    found = speedup(ours, rival)
+    assert found is not None
+    return found.value, found.is_final
+
+
+def lengths(whole: Setting) -> list[Setting]:
+    """A setting, and the same over fewer and fewer steps."""
+    settings: list[Setting] = []
+    following: Setting | None = whole
+    while following is not None:
+        settings.append(following)
+        following = shorter(following)
+    return settings
 
 
 def write_corpus(folder: Path, tokens: int = 30_000) -> Path:

@@ -54,6 +54,10 @@ class Cell:
         """How many the run takes."""
         return round(self.model.steps * self.setting.part)
 
+    def is_part_of(self, whole: Setting) -> bool:
+        """Whether this is the run of that setting, or one over fewer steps."""
+        return dataclasses.replace(self.setting, part=1.0) == whole
+
     def key(self) -> dict[str, Any]:
         """Everything that shapes the run, as plain JSON types."""
         values = dataclasses.asdict(self)
@@ -111,7 +115,12 @@ class Speedup(NamedTuple):
     """Of ours over a rival."""
 
     value: float
-    is_final: bool  #: whether no run is missing that would change it
+    missing: Setting | None  #: the run that would change it; others may follow from that one
+
+    @property
+    def is_final(self) -> bool:
+        """Whether no run is missing that would change it."""
+        return self.missing is None
 
 
 def speedup(ours: Sequence[Result], rival: Sequence[Result]) -> Speedup | None:
@@ -133,17 +142,17 @@ def speedup(ours: Sequence[Result], rival: Sequence[Result]) -> Speedup | None:
     if other.diverged:
         return None
     if whole.diverged:
-        return Speedup(FLOOR, True)
-    length, is_final = float(whole.cell.steps), True
+        return Speedup(FLOOR, None)
+    length, missing = float(whole.cell.steps), None
     if (reached := reached_at(whole, other.final)) is not None:
         ratio = length / reached
     elif whole.final > other.final:
-        steps, is_final = ending_at(rival, whole.final)
+        steps, missing = ending_at(rival, whole.final)
         ratio = steps / length
     else:
-        steps, is_final = ending_at(ours, other.final)
+        steps, missing = ending_at(ours, other.final)
         ratio = length / steps
-    return Speedup(min(max(ratio, FLOOR), 1.0 / FLOOR), is_final)
+    return Speedup(min(max(ratio, FLOOR), 1.0 / FLOOR), missing)
 
 
 def reached_at(run: Result, loss: float) -> float | None:
@@ -158,7 +167,7 @@ class Ending(NamedTuple):
     """A run that would end at some loss."""
 
     steps: float
-    is_final: bool  #: whether one of the runs ends above that loss, or is as short as any will be
+    missing: Setting | None  #: the next shorter run, unless one ends above that loss or is as short as any will be
 
 
 def ending_at(runs: Sequence[Result], loss: float) -> Ending:
@@ -172,18 +181,17 @@ def ending_at(runs: Sequence[Result], loss: float) -> Ending:
         loss: held out.
     """
     longest, *rest = sorted(runs, key=lambda r: -r.cell.steps)
-    if not rest:
-        steps = first_reaches(longest.evaluated_at, longest.held_out, loss) or longest.cell.steps
-        return Ending(steps, longest.final == loss)
     before = longest
     for run in rest:
         if run.diverged:
-            return Ending(before.cell.steps, True)
+            return Ending(before.cell.steps, None)
         if run.final > loss:
             part = (loss - before.final) / (run.final - before.final)
-            return Ending(before.cell.steps * (run.cell.steps / before.cell.steps) ** part, True)
+            return Ending(before.cell.steps * (run.cell.steps / before.cell.steps) ** part, None)
         before = run
-    return Ending(before.cell.steps, before.final == loss or shorter(before.cell.setting) is None)
+    reached = None if rest else first_reaches(longest.evaluated_at, longest.held_out, loss)
+    following = None if before.final == loss else shorter(before.cell.setting)
+    return Ending(reached or before.cell.steps, following)
 
 
 def time_ratio(ours: Iterable[Result], rival: Iterable[Result]) -> float:

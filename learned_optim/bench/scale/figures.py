@@ -29,6 +29,10 @@ class Runs:
     tuning: Tuned | None = None
     shorter: tuple[Result, ...] = ()
 
+    def of_seed(self, seed: int) -> list[Result]:
+        """The whole run and the shorter ones."""
+        return [r for r in (*self.results, *self.shorter) if r.cell.seed == seed]
+
     @property
     def loss(self) -> float | None:
         """Final held-out loss, mean over the seeds; ``None`` where there is none."""
@@ -92,11 +96,7 @@ def compare(ours: Runs, rival: Runs) -> Comparison | None:
     """``None`` while runs are missing, or where the rival diverged."""
     its = {r.cell.seed: r for r in rival.results}
     pairs = [(r, its[r.cell.seed]) for r in ours.results if r.cell.seed in its]
-    speedups = [
-        speedup(*([whole, *(r for r in runs.shorter if r.cell.seed == whole.cell.seed)]
-                  for runs, whole in zip((ours, rival), pair, strict=True)))
-        for pair in pairs
-    ]  # fmt: skip
+    speedups = (speedup(ours.of_seed(r.cell.seed), rival.of_seed(r.cell.seed)) for r, _ in pairs)
     found = [s for s in speedups if s is not None]
     if not found:
         return None
@@ -142,7 +142,7 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
 
 
 def _runs(name: str, setting: Setting, results: Sequence[Result], tuning: Tuned | None = None) -> Runs:
-    alike = [r for r in results if dataclasses.replace(r.cell.setting, part=1.0) == setting]
+    alike = [r for r in results if r.cell.is_part_of(setting)]
     own = _by_seed([r for r in alike if r.cell.setting == setting])
     return Runs(name, own, tuning, _by_seed([r for r in alike if r.cell.setting != setting]))
 

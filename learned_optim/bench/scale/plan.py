@@ -9,9 +9,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
 
-from learned_optim.bench.scale.cells import Cell, Result, reached_at
+from learned_optim.bench.scale.cells import Cell, Result, speedup
 from learned_optim.bench.scale.config import Model, Rival, ScaleConfig, ladder
-from learned_optim.bench.scale.rivals import Setting, ours, shorter, tuning
+from learned_optim.bench.scale.rivals import Setting, ours, tuning
 
 #: What a cell tells, as its weight: ours, which every comparison needs; a rival's first rate on a model; the rest of
 #: its tuning; further seeds, and ours in fewer steps.
@@ -131,19 +131,13 @@ def _shorter(mine: Sequence[Setting], fingerprint: str, rival: Setting, results:
         rival: a whole run, the best of its tuning.
         results: of one model and one seed.
     """
-    runs = {r.cell.setting: r for r in results if r.cell.policy in ("", fingerprint)}
-    its = runs.get(rival)
+    runs = {whole: [r for r in results if r.cell.is_part_of(whole) and r.cell.policy in ("", fingerprint)]
+            for whole in (*mine, rival)}  # fmt: skip
     for setting in mine:
-        own = runs.get(setting)
-        if its is None or own is None or its.diverged or own.diverged or reached_at(own, its.final) is not None:
-            continue
-        lower, end = (rival, own.final) if own.final > its.final else (setting, its.final)
-        following: Setting | None = lower
-        while following in runs:
-            run = runs[following]
-            following = None if run.diverged or run.final >= end else shorter(following)
-        if following is not None:
-            yield following
+        if all(any(r.cell.setting == whole for r in runs[whole]) for whole in (setting, rival)):
+            found = speedup(runs[setting], runs[rival])
+            if found is not None and found.missing is not None:
+                yield found.missing
 
 
 def seconds(cell: Cell, results: Sequence[Result]) -> float:
