@@ -1,10 +1,12 @@
-"""Cells of the scale suite: what speedup is, what identifies a run, and which is made next."""
+"""Cells of the scale suite: what speedup is, what identifies a run, and which is made next.
+
+How rivals are tuned is in ``test_scale_tuning.py``.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,9 @@ from learned_optim.bench.scale import cells, plan
 from learned_optim.bench.scale.cells import Cell, Result, read, read_all, store, time_ratio
 from learned_optim.bench.scale.config import MODELS, ScaleConfig
 from learned_optim.bench.scale.figures import by_model, compare
-from learned_optim.bench.scale.plan import Tuned, queue, tuned
+from learned_optim.bench.scale.plan import queue
 from learned_optim.bench.scale.report import UNFINISHED, losses, speedups
-from learned_optim.bench.scale.rivals import Setting, ours, tuning
+from learned_optim.bench.scale.rivals import Setting, ours
 
 (OURS, DECAYS), ADAMW = ours("default"), Setting("adamw", 2)
 
@@ -233,48 +235,6 @@ def test_runs_that_differ_have_different_files() -> None:
     assert dataclasses.replace(base, model=planned).path(Path()) == base.path(Path())
 
 
-def tuned_to_the_end(
-    optimizer: str, loss: Callable[[Setting], float], smaller: Setting | None = None
-) -> dict[Setting, float]:
-    losses: dict[Setting, float] = {}
-    while left := tuning(optimizer, losses, smaller)[0]:  # pyright: ignore[reportArgumentType]
-        losses[left[0]] = loss(left[0])
-    return losses
-
-
-@pytest.mark.parametrize("right", [-3, 0, 2, 3, 6])
-def test_learning_rates_are_tried_until_the_best_lies_within(right: int) -> None:
-    losses = tuned_to_the_end("adamw", lambda s: (s.exponent - right) ** 2)
-    best = min(losses, key=lambda s: losses[s])
-    assert best.exponent == right
-    assert len(losses) >= 4
-    assert {right - 1, right + 1} <= {s.exponent for s in losses}
-
-
-@pytest.mark.parametrize(("right", "auxiliary"), [(3, 0), (1, -2), (7, 2)])
-def test_muons_auxiliary_rate_is_tuned_too(right: int, auxiliary: int) -> None:
-    losses = tuned_to_the_end("muon", lambda s: (s.exponent - right) ** 2 + 0.3 * (s.auxiliary - auxiliary) ** 2)
-    best = min(losses, key=lambda s: losses[s])
-    assert (best.exponent, best.auxiliary) == (right, auxiliary)
-
-
-def test_rates_that_diverge_are_an_edge_and_tuning_ends_where_all_do() -> None:
-    losses = tuned_to_the_end("adamw", lambda s: math.inf if s.exponent > 2 else -float(s.exponent))
-    assert min(losses, key=lambda s: losses[s]).exponent == 2
-    assert len(tuned_to_the_end("muon", lambda s: math.inf)) == 4
-    assert len(tuned_to_the_end("muon", lambda s: 1.0)) < 12
-
-
-def test_a_larger_model_begins_around_the_best_of_the_smaller() -> None:
-    models = [MODELS["text-0.3M"], MODELS["text-1M"], MODELS["images-0.1M"]]
-    losses = tuned_to_the_end("adamw", lambda s: (s.exponent - 5) ** 2)
-    results = [result(cell(s), 10.0 - loss) for s, loss in losses.items() if loss < 10]
-    states = tuned("adamw", models, results)
-    assert states["text-0.3M"].best == Setting("adamw", 5)
-    assert [s.exponent for s in states["text-1M"].missing] == [5, 4, 6, 3]
-    assert states["images-0.1M"] == tuned("adamw", models, [])["images-0.1M"]
-
-
 def cells_of(config: ScaleConfig, results: list[Result]) -> list[Cell]:
     return [e.cell for e in queue(config, {"default": "sha256:0"}, results, "text", config.chosen())]
 
@@ -334,8 +294,3 @@ def test_results_of_other_devices_texts_and_older_policies_are_not_mixed_in() ->
     assert [r.cell.policy for r in row.ours[0].results] == ["new", "new"]
     assert row.rivals[0].tuning is not None
     assert row.rivals[0].tuning.best == ADAMW
-
-
-def test_a_state_says_whether_it_is_done() -> None:
-    assert Tuned(ADAMW, (ADAMW,), ()).done
-    assert not Tuned(ADAMW, (), (ADAMW,)).done

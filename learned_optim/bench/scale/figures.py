@@ -128,7 +128,7 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
         same = [r for r in results if r.cell.device == device and r.cell.data in ("", data)]
         of_rivals = []
         for rival in rivals:
-            state = tuned(rival, models, same)[model.name]
+            state = tuned(rival, models, same, results)[model.name]
             name = RIVALS[rival]
             of_rivals.append(Runs(name, (), state) if state.best is None else _runs(name, state.best, own, state))
         mine = [r for r in own if r.cell.setting.optimizer == "learned"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import NamedTuple
@@ -49,7 +49,9 @@ class Tuned(NamedTuple):
         return not self.missing
 
 
-def tuned(rival: Rival, models: Sequence[Model], results: Sequence[Result]) -> dict[str, Tuned]:
+def tuned(
+    rival: Rival, models: Sequence[Model], results: Sequence[Result], elsewhere: Sequence[Result] = ()
+) -> dict[str, Tuned]:
     """A rival's tuning by model, by the final held-out losses of seed 0.
 
     Args:
@@ -57,20 +59,37 @@ def tuned(rival: Rival, models: Sequence[Model], results: Sequence[Result]) -> d
         models: that are looked at. The grid of each begins around the best of the next smaller model of all that
             was measured, whether it is one of these or not.
         results: of one device and one text.
+        elsewhere: of any device and text: where a smaller model was not measured here, the best setting that it has
+            there is where the larger one's grid begins. It ends, as ever, where this device's runs say.
     """
     states: dict[str, Tuned] = {}
     smaller: dict[str, Setting] = {}
     for model in ladder(models):
-        losses = {
-            r.cell.setting: r.final for r in results
-            if r.cell.model == model and r.cell.seed == 0 and r.cell.setting.optimizer == rival
-            and r.cell.setting.part == 1.0
-        }  # fmt: skip
+        losses = _losses(rival, model, results)
         missing, best = tuning(rival, losses, smaller.get(model.line))
         states[model.name] = Tuned(best, tuple(losses), tuple(missing))
-        if best is not None:
-            smaller[model.line] = best
+        if (hint := best or _best_elsewhere(rival, model, elsewhere)) is not None:
+            smaller[model.line] = hint
     return states
+
+
+def _losses(rival: Rival, model: Model, results: Iterable[Result]) -> dict[Setting, float]:
+    """Final losses of whole runs of seed 0, by setting."""
+    return {
+        r.cell.setting: r.final for r in results
+        if r.cell.model == model and r.cell.seed == 0 and r.cell.setting.optimizer == rival
+        and r.cell.setting.part == 1.0
+    }  # fmt: skip
+
+
+def _best_elsewhere(rival: Rival, model: Model, results: Sequence[Result]) -> Setting | None:
+    """The best setting among the runs of that device and that text that most of the model's were made with."""
+    places: dict[tuple[str, str], dict[Setting, float]] = {
+        place: _losses(rival, model, (r for r in results if (r.cell.device, r.cell.data) == place))
+        for place in dict.fromkeys((r.cell.device, r.cell.data) for r in results)
+    }
+    most = max(places.values(), key=len, default={})
+    return tuning(rival, most, None)[1]
 
 
 def queue(
@@ -109,7 +128,7 @@ def queue(
                 for setting in ours(label, exponent):
                     add(model, setting, 0, OF_TUNING)
         for rival in config.rivals:
-            state = tuned(rival, models, mine)[model.name]
+            state = tuned(rival, models, mine, results)[model.name]
             for i, setting in enumerate(state.missing):
                 add(model, setting, 0, OF_TUNING if i or state.tried else OF_FIRST)
             if state.done and state.best is not None:
