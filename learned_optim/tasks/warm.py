@@ -63,3 +63,6 @@ def begin_warm(optimizer: Optimizer, params: Sequence[Tensor], second_moments: S
             state["exp_avg_sq"].copy_(moment)
             for count in {"step", "age"} & state.keys():
                 state[count] = torch.full_like(state[count], float(steps))
+            # What a learned rule made of the empty gradient; all else is still zero.
+            for said in {"log_pace", "trust"} & state.keys():
+                state[said] = torch.zeros_like(state[said])

@@ -30,21 +30,26 @@ class Warm(Quadratic):
         self.warm_start = WarmStart({"w": torch.tensor([1.0, 4.0, 0.25, 9.0], dtype=torch.float64)}, 50)
 
 
-def policy(age_rate: float = 0.0) -> Policy:
+def policy(kind: str) -> Policy:
+    """The hand-set base, with an age that forgets nothing or without, or what the package comes with."""
+    if kind == "bundled":
+        return Policy.from_pretrained("default")
     betas: Any = (HYPER.beta1, HYPER.beta2)
     eps: Any = HYPER.eps
-    return Policy(PolicyConfig(betas=betas, eps=eps, age_rate=age_rate))
+    return Policy(PolicyConfig(betas=betas, eps=eps, age_rate=1.0 if kind == "age" else 0.0))
 
 
-def optimizer(params: list[torch.Tensor], age_rate: float = 0.0) -> LearnedOptimizer:
-    return LearnedOptimizer(params, lr=0.01, weight_decay=0.0, policy=policy(age_rate), backend="eager")
+def optimizer(params: list[torch.Tensor], kind: str = "base") -> LearnedOptimizer:
+    options: Any = {"betas": (HYPER.beta1, HYPER.beta2), "eps": HYPER.eps}
+    return LearnedOptimizer(params, lr=0.01, weight_decay=0.0, policy=policy(kind), backend="eager", **options)
 
 
-@pytest.mark.parametrize("age_rate", [0.0, 1.0])  # of a policy that forgets nothing: the age is the number of steps
-def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer(age_rate: float) -> None:
-    task, rule, steps = Warm(), policy(age_rate), 6
-    losses = train(task, 5, partial(optimizer, age_rate=age_rate), steps + 1).losses
-    torch.testing.assert_close(losses, train(task, 5, optimizer, steps + 1).losses)
+@pytest.mark.parametrize("kind", ["base", "age", "bundled"])
+def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer(kind: str) -> None:
+    task, rule, steps = Warm(), policy(kind), 6
+    losses = train(task, 5, partial(optimizer, kind=kind), steps + 1).losses
+    if kind == "age":
+        torch.testing.assert_close(losses, train(task, 5, optimizer, steps + 1).losses)
     weights = {name: w.detach().unsqueeze(0) for name, w in rule.weights().items()}
     vectorized, _ = run_vectorized(rule.config, weights, Plan("warm", task, 5, steps + 1, HYPER), steps + 1)
     torch.testing.assert_close(vectorized[0].tolist(), losses)
@@ -53,8 +58,17 @@ def test_a_warm_unroll_makes_the_same_steps_as_a_warm_optimizer(age_rate: float)
     state, along = unroll(rule.weights(), rule.config, problem, problem.start(rule.config), batches, HYPER)
     torch.testing.assert_close(along.detach(), torch.tensor(losses[1:], dtype=torch.float64))
     assert state.step == steps, "steps made before the run are not steps of the run"
-    cold = train(Quadratic(torch.float64), 5, optimizer, steps + 1).losses
+    cold = train(Quadratic(torch.float64), 5, partial(optimizer, kind=kind), steps + 1).losses
     assert abs(cold[-1] - losses[-1]) > 1e-6
+
+
+def test_a_warm_optimizer_knows_nothing_but_the_moments() -> None:
+    """Neither the tensor head nor the safeguard has made anything of the step in which state is made."""
+    p = torch.ones(3, 4, requires_grad=True)
+    made = LearnedOptimizer([p], lr=0.1, safeguard=True)
+    begin_warm(made, [p], [torch.ones(3, 4)], 10)
+    state = made.state[p]
+    assert {key for key, value in state.items() if bool(value.any())} == {"step", "age", "exp_avg_sq"}
 
 
 #: The base mixture: an amplitude that was learned would see which coordinate is the larger one.
