@@ -1,10 +1,10 @@
 """Write the cards of the bundled policies anew: python tools/model_cards.py [--check] [FOLDER ...]
 
 In each folder of pretrained/, ``results.json`` gets what the card says besides the bench's figures: what the policy is
-for (``PURPOSES``), what its tasks are called (``TASKS`` of tools/readme_tables.py), and the time of a training
-iteration over AdamW's, from docs/results/iteration.json; of ``pretraining``, the scale suite's figures. README.md and
-the checksums in config.json follow; weights stay as they are. To be run after a policy was replaced or measured again.
-``--check`` changes nothing and fails if a file is not current.
+for (``PURPOSES``), what its tasks are called (``TASKS`` of tools/readme_tables.py), the time of a training iteration
+over AdamW's, from docs/results/iteration.json, and its habits, from docs/results/habits.json; of ``pretraining``, the
+scale suite's figures. README.md and the checksums in config.json follow; weights stay as they are. To be run after a
+policy was replaced or measured again. ``--check`` changes nothing and fails if a file is not current.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import readme_tables
 import scale_tables
 
 from learned_optim import Policy
+from learned_optim.bench.habits_report import card_block
 
 PURPOSES = {
     "default": "For networks that are trained from scratch, transformers and vision transformers above all. It "
@@ -52,6 +53,8 @@ def completed(results: dict[str, Any], name: str, measured: readme_tables.Result
     made["purpose"] = PURPOSES[name]
     if name == "pretraining":
         made["evaluation"] = scale_tables.evaluation_of(name, measured)
+    if "habits" in measured and name in measured["habits"]["policies"]:
+        made["habits"] = card_block(measured["habits"], name, "learned-optim bench --suite habits")
     iterations = measured["iteration"]["tasks"] if "iteration" in measured else {}
     for task in (made.get("evaluation") or {}).get("tasks") or []:
         task["title"] = readme_tables.title(task)

@@ -24,6 +24,7 @@ def draw_habits(values: Mapping[str, Any], path: Path) -> Path:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    values = together(values)
     figures = values["figures"]
     names = list(values["policies"])
     colours = {**{name: OURS[i % len(OURS)] for i, name in enumerate(names)}, **_ADAMW}
@@ -54,6 +55,26 @@ def draw_habits(values: Mapping[str, Any], path: Path) -> Path:
     )  # fmt: skip
     legend(figure, axes[0, 1], columns=len(colours))
     return save(figure, path)
+
+
+def together(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with policies of equal figures under one name: one curve would hide the other."""
+    figures: Mapping[str, Mapping[str, Row]] = values["figures"]
+    alike: list[list[str]] = []
+    for name in values["policies"]:
+        same = (group for group in alike if all(rows[name] == rows[group[0]] for rows in figures.values()))
+        if (group := next(same, None)) is None:
+            alike.append([name])
+        else:
+            group.append(name)
+    joined = {group[0]: ", ".join(group) for group in alike}
+    left_out = {name for group in alike for name in group[1:]}
+    merged = {
+        measurement: {joined.get(name, name): row for name, row in rows.items() if name not in left_out}
+        for measurement, rows in figures.items()
+    }
+    policies = {joined[name]: fingerprint for name, fingerprint in values["policies"].items() if name in joined}
+    return {**values, "figures": merged, "policies": policies}
 
 
 def _noise(axes: Axes, figures: Mapping[str, Row], colours: Mapping[str, str]) -> None:

@@ -15,7 +15,7 @@ from learned_optim import Policy, PolicyConfig
 from learned_optim.bench import habits
 from learned_optim.bench.habits import MEASUREMENTS, SAME, Contender, run_habits
 from learned_optim.bench.habits_config import HabitsConfig, Lengths
-from learned_optim.bench.habits_plots import draw_habits
+from learned_optim.bench.habits_plots import draw_habits, together
 from learned_optim.bench.habits_report import card_block, cell, markdown, sections
 from learned_optim.bench.quality import REFERENCE
 from learned_optim.cli import main
@@ -129,6 +129,19 @@ def test_every_contender_and_measurement_is_in_the_tables(measured: dict[str, An
 
 def test_the_picture_is_drawn_where_runs_diverged_too(measured: dict[str, Any], tmp_path: Path) -> None:
     assert draw_habits(measured, tmp_path / "habits.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rules_that_do_the_same_are_drawn_as_one(measured: dict[str, Any]) -> None:
+    figures = {name: {**rows, "twin": rows["mine"]} for name, rows in measured["figures"].items()}
+    values = {**measured, "figures": figures, "policies": {**measured["policies"], "twin": ""}}
+    drawn = together(values)
+    assert list(drawn["policies"]) == ["mine, twin", "bold"]
+    for name, rows in drawn["figures"].items():
+        assert rows["mine, twin"] == measured["figures"][name]["mine"]
+        assert list(rows)[:2] == ["mine, twin", "bold"]
+        assert "twin" not in rows
+    figures["noise"] = {**figures["noise"], "twin": measured["figures"]["noise"]["bold"]}
+    assert together(values) == values
 
 
 def test_the_card_shows_the_habits_and_nothing_where_there_are_none(measured: dict[str, Any]) -> None:
