@@ -11,8 +11,9 @@ from typing import Any, Protocol
 from learned_optim.bench.scale import report
 from learned_optim.bench.scale.cells import read_all
 from learned_optim.bench.scale.config import MODELS
-from learned_optim.bench.scale.figures import OfModel, by_model, compare
+from learned_optim.bench.scale.figures import SCHEDULES, OfModel, by_model, compare
 from learned_optim.bench.scale.plots import draw
+from learned_optim.bench.scale.rivals import ours
 
 
 class Results(Protocol):
@@ -51,7 +52,7 @@ def speedup_of(model: str, rival: int, policy: str) -> Callable[[Results], str]:
 
     def figure(results: Results) -> str:
         (row,) = (row for row in rows(results) if row.model.name == model)
-        mine = [runs for runs in row.ours if runs.name == f"{policy}, with decay"]
+        mine = [runs for runs in row.ours if runs.setting == ours(policy)[1]]
         comparison = compare(mine[0], row.rivals[rival]) if mine else None
         return report.MISSING if comparison is None else f"{comparison.steps:.2f}"
 
@@ -63,12 +64,10 @@ def evaluation_of(policy: str, results: Results) -> dict[str, Any]:
     figures: dict[str, str] = {}
     for row in rows(results):
         for runs, rival in itertools.product(row.ours, row.rivals):
-            found = compare(runs, rival) if runs.name.startswith(f"{policy},") else None
-            if found is not None:
-                what = runs.name.removeprefix(f"{policy}, ")
-                figures[f"{row.model.name}, {what}: speedup in steps over {rival.name}"] = report.speedup(
-                    found, rival, time=False
-                )
+            found = compare(runs, rival) if runs.setting in ours(policy) else None
+            if found is not None and runs.setting is not None:
+                what = f"{row.model.name}, {SCHEDULES[runs.setting.schedule]}: speedup in steps over {rival.name}"
+                figures[what] = report.speedup(found, rival, time=False)
     return {
         "suite": "transformers on text, held-out loss at the end",
         "reference": "AdamW and Muon, tuned for each model, with warm-up and decay",

@@ -20,12 +20,14 @@ class Runs:
     Args:
         name: of the optimizer, for readers.
         results: by seed; empty where they are missing.
+        setting: of the whole runs; ``None`` of a rival that was not run.
         tuning: of a rival.
         shorter: runs with the same schedule over fewer steps.
     """
 
     name: str
     results: tuple[Result, ...]
+    setting: Setting | None = None
     tuning: Tuned | None = None
     shorter: tuple[Result, ...] = ()
 
@@ -88,7 +90,7 @@ class OfModel:
         return tuple(r for runs in (*self.ours, *self.rivals) for r in runs.results)
 
 
-_SCHEDULES: dict[Schedule, str] = {"constant": "constant lr", "decay": "with decay"}
+SCHEDULES: dict[Schedule, str] = {"constant": "constant lr", "decay": "with decay"}
 RIVALS: dict[Rival, str] = {"adamw": "AdamW", "muon": "Muon", "soap": "SOAP"}
 
 
@@ -130,7 +132,9 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
         for rival in rivals:
             state = tuned(rival, models, same, results)[model.name]
             name = RIVALS[rival]
-            of_rivals.append(Runs(name, (), state) if state.best is None else _runs(name, state.best, own, state))
+            of_rivals.append(
+                Runs(name, (), tuning=state) if state.best is None else _runs(name, state.best, own, state)
+            )
         mine = [r for r in own if r.cell.setting.optimizer == "learned"]
         labels = sorted({r.cell.setting.policy for r in mine}) or ["default"]
         settings = [setting for label in labels for setting in ours(label)]
@@ -144,12 +148,12 @@ def by_model(results: Sequence[Result], models: Sequence[Model], rivals: Sequenc
 def _runs(name: str, setting: Setting, results: Sequence[Result], tuning: Tuned | None = None) -> Runs:
     alike = [r for r in results if r.cell.is_part_of(setting)]
     own = _by_seed([r for r in alike if r.cell.setting == setting])
-    return Runs(name, own, tuning, _by_seed([r for r in alike if r.cell.setting != setting]))
+    return Runs(name, own, setting, tuning, _by_seed([r for r in alike if r.cell.setting != setting]))
 
 
 def _name(setting: Setting) -> str:
     rate = f", lr {setting.lr:g}" if setting.exponent else ""
-    return f"{setting.policy}, {_SCHEDULES[setting.schedule]}{rate}"
+    return f"{setting.policy}, {SCHEDULES[setting.schedule]}{rate}"
 
 
 def _by_seed(results: Sequence[Result]) -> tuple[Result, ...]:
