@@ -13,8 +13,9 @@ from learned_optim.engine.head import StepRecord, StepReport
 from learned_optim.engine.kinds import TensorKind
 from learned_optim.engine.param_state import ParamIndex
 from learned_optim.rule.config import PolicyConfig
+from learned_optim.rule.context import cosine_of
 from learned_optim.rule.layouts import ShapeContext
-from learned_optim.rule.types import Coefficients
+from learned_optim.rule.types import Coefficients, TensorSums
 
 
 def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str:
@@ -68,7 +69,8 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
     state = record.tensor_state
     steps, lr, beta1 = numel.new_tensor([(c.step, c.hyper.lr, c.hyper.beta1) for c in record.contexts]).T
     step = steps - 1.0 if record.left_out else steps  # the one that was left out is not counted
-    u_u, b_b, abs_b, h_h, p_p, u_r, r_r = (s.double() / numel for s in record.sums)
+    means = TensorSums(*(s.double() / numel for s in record.sums))
+    u_u, b_b, abs_b, h_h, p_p, *_ = means
     coeff: Any = Coefficients.of_rows(record.coefficients.unbind(), len(config.hidden_weights))
     weights = torch.stack([coeff.momentum, coeff.gradient, *coeff.hidden])
     gates = [torch.maximum(rate, coeff.gate_floor).clamp(max=1.0) for rate in coeff.rates]
@@ -91,7 +93,7 @@ def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[floa
         "rms_momentum": b_b.sqrt(),
         "rms_parameter": p_p.sqrt(),
         "sparsity": 1.0 - abs_b.square() / b_b.clamp(min=1e-60),
-        "cosine": u_r / (u_u * r_r).sqrt().clamp(min=1e-30),
+        "cosine": cosine_of(means),
         "cosine_fast": state.cosine_fast[:count],
         "cosine_slow": state.cosine_slow[:count],
         "pace": state.log_pace[:count].exp(),

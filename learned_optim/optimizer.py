@@ -73,6 +73,7 @@ class LearnedOptimizer(Optimizer):
             GPUs, a million parameters or more; :attr:`backend` says what is used.
         state_dtype: ``torch.bfloat16`` keeps m and h in 2 bytes each (v stays in float32): 8 bytes per parameter with
             ``default``. ``None``: float32, and float64 for float64 parameters: 12 bytes per parameter in float32.
+            ``torch.float16`` holds nothing above 65,504 or below 6e-8: for gradients whose size you know.
         safeguard: each tensor begins with AdamW's own step at this lr and gets the rule's, unless its gradients turn
             against the way taken so far more than in ordinary training; then it falls back to AdamW's. Every update
             is a mixture of the two: its weights add up to at most 8 (AdamW's: 1). No loss is evaluated and nothing

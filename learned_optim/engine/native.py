@@ -64,7 +64,7 @@ class NativeBackend:
     def buckets(self, params: list[ParamState]) -> Iterator[Bucket]:
         kinds: dict[tuple[Format, bool], list[ParamState]] = {}
         for p in params:
-            if p.numel == 1 and p.grad.is_neg():  # an imaginary part of autograd's; larger ones are copied, having gaps
+            if p.grad.is_neg():  # as an imaginary part of autograd's is: kernels read memory, which lacks the sign
                 p.grad = p.grad.resolve_neg()
             if p.numel > 0:
                 as_matrix = self.settings.matrix_shape(p.shape, p.role) is not None

@@ -74,7 +74,7 @@ class Policy(nn.Module):
         self.source = source
         self.results: dict[str, Any] | None = None
         for name, shape in self.config.weight_shapes().items():
-            weight = torch.zeros(shape)
+            weight = torch.zeros(shape, dtype=torch.float32, device="cpu")  # whatever torch's defaults are
             if name in CELLS[self.config.cell].random_weights:
                 weight.normal_(0.0, 1.0 / math.sqrt(shape[-1]), generator=generator)
             self.register_parameter(name, nn.Parameter(weight))

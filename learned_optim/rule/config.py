@@ -131,7 +131,8 @@ class PolicyConfig:
             require(len(set(names)) == len(names), name, "free of repetitions")
 
         for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
+            value = _typed(field.name, getattr(self, field.name), _HINTS[field.name])
+            object.__setattr__(self, field.name, value)  # 1 and 1.0 are one rule, with one fingerprint
             scalars = value if isinstance(value, tuple) else (value,)
             finite = not any(isinstance(x, float) and not math.isfinite(x) for x in scalars)
             require(finite, field.name, "finite numbers")
@@ -254,11 +255,13 @@ _HINTS = get_type_hints(PolicyConfig)  # once: it compiles the annotations, and 
 
 
 def _typed(name: str, value: Any, hint: Any) -> Any:
-    """``value`` as read from JSON, in the type that the field has."""
+    """``value``, as read from JSON or given by a user, in the type that the field has."""
 
     def scalar(x: Any, wanted: type) -> Any:
         if wanted is float and isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**1023:
             return float(x)  # larger ones are no floats
+        if wanted is float and isinstance(x, float):
+            return float(x)  # numpy's are, too
         if type(x) is not wanted:
             raise ValueError(f"key {name!r} must hold {wanted.__name__}, found {x!r:.80}")
         return x

@@ -15,6 +15,9 @@ from torch import Tensor
 from learned_optim.rule.layouts import ShapeContext, TensorShapes, constant_column
 from learned_optim.rule.types import TensorState, TensorSums
 
+#: Below this a mean square counts as zero: float32 rounds there, or to zero.
+TINY = torch.finfo(torch.float32).tiny
+
 
 class TensorStatistics(NamedTuple):
     """What a tensor's sums say, in float64, each [K]."""
@@ -33,9 +36,16 @@ class TensorStatistics(NamedTuple):
         # The floor keeps the root's derivative finite at zero; it lies far below every threshold further on.
         roots = TensorSums(*stacked.clamp(min=1e-60).sqrt().unbind())
         means = TensorSums(*stacked.unbind())
-        tiny = torch.finfo(torch.float32).tiny
-        cosine = means.u_r / (means.u_u * means.r_r).clamp(min=tiny**2).sqrt()
-        return cls(means, roots.u_u, roots.b_b, roots.h_h, roots.p_p, cosine)
+        return cls(means, roots.u_u, roots.b_b, roots.h_h, roots.p_p, cosine_of(means))
+
+
+def cosine_of(sums: TensorSums) -> Tensor:
+    """The cosine between the gradient and the previous momentum, [K] within [-1, 1]; 0 where either is next to zero.
+
+    In float32 the square of a momentum that has rested may underflow where its product with a gradient does not: each
+    square has a floor of its own.
+    """
+    return (sums.u_r / (sums.u_u.clamp(min=TINY) * sums.r_r.clamp(min=TINY)).sqrt()).clamp(-1.0, 1.0)
 
 
 class ContextInputs(NamedTuple):

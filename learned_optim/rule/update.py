@@ -26,7 +26,7 @@ of it, and the pace that belongs to the old problem fades.
 
 The pace a, one number per tensor, adds up the fast cosine between gradient and momentum, and what else the context
 says: steps grow while gradients keep their direction and shrink while they turn (as in hypergradient descent, Baydin et
-al. 2018, "Online learning rate adaptation with hypergradient descent").
+al. 2018, "Online learning rate adaptation with hypergradient descent"). It stands still where the gradient is zero.
 
 :func:`update` composes the passes: :func:`measure`, :func:`coefficients`, :func:`apply`, orthogonalising, :func:`move`.
 The optimizer's step makes the same passes over many tensors at once (:mod:`learned_optim.engine.step`).
@@ -42,7 +42,7 @@ from torch import Tensor
 
 from learned_optim.rule.cells import CELLS, CellInputs, Weights
 from learned_optim.rule.config import PolicyConfig
-from learned_optim.rule.context import ContextInputs, TensorStatistics, tensor_context
+from learned_optim.rule.context import TINY, ContextInputs, TensorStatistics, tensor_context
 from learned_optim.rule.features import RelativeValues, coordinate_features
 from learned_optim.rule.layouts import Layout, ShapedLayout, TensorShapes, WholeLayout, constant_column
 from learned_optim.rule.ops import add_product, clamp_positive, per_column
@@ -208,7 +208,7 @@ def coefficients(
         trust=state.trust,
     )
     context = tensor_context(config, ContextInputs.of(tensor_shapes, statistics, state))
-    state = state._replace(log_pace=_paced(weights, config, context, state))
+    state = state._replace(log_pace=_paced(weights, config, context, state, sums.u_u < TINY))
     if config.age_rate:
         share = _kept_share(weights, config, context)
         state = state._replace(age=1.0 + share * (state.age - 1.0), log_pace=share * state.log_pace)
@@ -242,15 +242,18 @@ def coefficients(
     return coeff, TensorState(*(t.to(dtype) for t in state.tensors))
 
 
-def _paced(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor, state: TensorState) -> Tensor:
-    """The logarithm of the pace after this step, [K]."""
+def _paced(
+    weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor, state: TensorState, rests: Tensor
+) -> Tensor:
+    """The logarithm of the pace after this step, [K]; where a tensor rests, all of its gradient zero, what it was."""
     if not (config.pace_gain or config.pace_rate):
         return state.log_pace
     change = config.pace_gain * state.cosine_fast
     if config.pace_rate:
         (said,) = per_column(weights["pace"], context).unbind()
         change = change + config.pace_rate * said
-    return (state.log_pace + change.clamp(max=config.pace_growth)).clamp(-config.pace_bound, config.pace_bound)
+    changed = (state.log_pace + change.clamp(max=config.pace_growth)).clamp(-config.pace_bound, config.pace_bound)
+    return torch.where(rests, state.log_pace, changed)
 
 
 def _decay(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor) -> Tensor:

@@ -47,17 +47,24 @@ def begin_warm(optimizer: Optimizer, params: Sequence[Tensor], second_moments: S
         if not bool((moment.isfinite() & (moment >= 0.0)).all()):
             raise ValueError(f"second moments of a parameter of shape {tuple(p.shape)} are negative or not finite")
     # State is made at the first step, so a step that changes nothing is taken: no gradient, no learning rate.
-    rates = [group["lr"] for group in optimizer.param_groups]
-    grads = [p.grad for p in params]
-    for group in optimizer.param_groups:
-        group["lr"] = 0.0
-    for p in params:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for group, rate in zip(optimizer.param_groups, rates, strict=True):
-        group["lr"] = rate
-    for p, grad, moment in zip(params, grads, second_moments, strict=True):
-        p.grad = grad
+    groups = optimizer.param_groups
+    rates = [group["lr"] for group in groups]
+    everything = list(dict.fromkeys([*params, *(p for group in groups for p in group["params"])]))
+    grads = {p: p.grad for p in everything}
+    try:
+        for group in groups:
+            group["lr"] = 0.0
+        for p in everything:
+            p.grad = None
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer.step()
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
+        for p, grad in grads.items():
+            p.grad = grad
+    for p, moment in zip(params, second_moments, strict=True):
         state = optimizer.state[p]
         if "exp_avg_sq" in state:
             state["exp_avg_sq"].copy_(moment)

@@ -138,6 +138,19 @@ def test_compiled_and_eager_agree_on_complex_tensors(policy):
     assert_agree([torch.randn(30, 40, dtype=torch.complex64, generator=generator).requires_grad_()], 3, policy)
 
 
+def test_a_negated_view_without_gaps_is_read_with_its_sign():
+    p = torch.nn.Parameter(torch.ones(8, 6))
+    moved = {}
+    for backend in ("eager", "compiled"):
+        mine = p.detach().clone().requires_grad_()
+        optimizer = LearnedOptimizer([mine], backend=backend)
+        mine.grad = torch._neg_view(torch.ones(8, 6))
+        optimizer.step()
+        moved[backend] = mine.detach() - 1.0
+    assert bool((moved["eager"] > 0.0).all())
+    torch.testing.assert_close(moved["compiled"], moved["eager"])
+
+
 @pytest.mark.parametrize("shape", [(), (1, 1), (3,)])
 def test_gradients_that_torch_keeps_negated_or_conjugated(shape):
     """As autograd makes them of imaginary parts."""

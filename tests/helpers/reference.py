@@ -80,7 +80,7 @@ class ReferenceTensor:
         said = dot(self.weights["pace"][0], context) if config.pace_rate > 0.0 else 0.0
         if config.pace_rate > 0.0 or config.pace_gain > 0.0:
             change = min(config.pace_gain * self.cosine_fast + config.pace_rate * said, config.pace_growth)
-            self.pace += change
+            self.pace += change if any(u) else 0.0  # of a tensor that rests nothing is heard
             self.pace = clamp(self.pace, -config.pace_bound, config.pace_bound)
         if config.age_rate > 0.0:
             kept = math.exp(-config.age_rate * max(0.0, dot(self.weights["age"][0], context)))

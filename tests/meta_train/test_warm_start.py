@@ -92,6 +92,25 @@ def test_a_warm_first_step_is_divided_by_the_given_moments(make: Callable[..., t
     assert made.param_groups[0]["lr"] == 0.1  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
+def test_parameters_that_are_not_named_are_left_alone() -> None:
+    p, other = (torch.ones(2, requires_grad=True) for _ in range(2))
+    other.grad = torch.ones(2)
+    made = torch.optim.Adam([p, other], lr=0.1)
+    begin_warm(made, [p], [torch.ones(2)], 10)
+    assert not made.state[other]
+    assert other.tolist() == other.grad.tolist() == [1.0, 1.0]
+
+
+def test_an_optimizer_whose_step_fails_is_as_it_was() -> None:
+    p = torch.ones(2, requires_grad=True)
+    p.grad = torch.full((2,), 3.0)
+    made = torch.optim.LBFGS([p], lr=0.1)  # which wants a closure
+    with pytest.raises(TypeError):
+        begin_warm(made, [p], [torch.ones(2)], 10)
+    assert made.param_groups[0]["lr"] == 0.1
+    assert p.grad.tolist() == [3.0, 3.0]
+
+
 def test_an_optimizer_without_second_moments_is_left_alone() -> None:
     p = torch.ones(2, requires_grad=True)
     made = torch.optim.SGD([p], lr=0.1)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from helpers.support import assert_same_bits, assert_same_state, make, regression, train
+from learned_optim import LearnedOptimizer
+
+BACKENDS = ["eager", "compiled"]
 
 
 class LowRank(nn.Module):
@@ -99,3 +103,40 @@ def test_a_compiled_model_is_trained_as_the_plain_one():
         optimizer = make(net.named_parameters(), lr=0.01)
         train(net, lambda forward=forward: nn.functional.mse_loss(forward(x), y), optimizer, 5)
     assert_same_bits(list(model.parameters()), list(plain.parameters()))
+
+
+@pytest.mark.parametrize(("policy", "backend"), [*(("default", b) for b in BACKENDS), ("recurrent", "eager")])
+@pytest.mark.parametrize("rest", [450, 640, 1200])
+def test_training_goes_on_after_a_rest_with_gradients_of_zero(policy, backend, rest):
+    """As of a head whose loss was switched off: the momentum fades until its square is zero in float32."""
+    torch.manual_seed(0)
+    model, target = nn.Linear(8, 8), torch.randn(8, 8)
+    optimizer = LearnedOptimizer(model.parameters(), lr=1e-3, policy=policy, backend=backend)
+    losses = []
+    for t in range(200 + rest + 30):
+        x = torch.randn(32, 8)
+        loss = (model(x) - x @ target).square().mean()
+        optimizer.zero_grad()
+        (loss * (not 200 <= t < 200 + rest)).backward()
+        if t == 200:
+            pace = optimizer.state[model.weight]["log_pace"].clone()
+        optimizer.step()
+        losses.append(loss.item())
+        if t == 200 + rest - 1:
+            assert optimizer.state[model.weight]["log_pace"] == pace  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert max(losses[-30:]) < 2.0 * losses[199 + rest] + 1e-4  # which weight decay has raised a little
+    assert abs(optimizer.diagnostics()["0.0"]["cosine_slow"]) <= 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("factor", [1e-8, 1e-16, 1e-22, 1e-24, 1e-30, 1e-36, 0.0, 1e8])
+def test_a_cosine_is_one_however_small_a_gradient_gets(backend, factor):
+    torch.manual_seed(0)
+    p = nn.Parameter(torch.randn(8, 8))
+    optimizer = LearnedOptimizer([p], lr=1e-3, backend=backend)
+    for t in range(40):
+        p.grad = torch.randn(8, 8) * (factor if 10 <= t < 13 else 1.0)
+        optimizer.step()
+        figures = optimizer.diagnostics()["0.0"]
+        assert max(abs(figures[name]) for name in ("cosine", "cosine_fast", "cosine_slow")) <= 1.0
+    assert bool(p.isfinite().all())
