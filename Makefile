@@ -16,7 +16,7 @@ help:
 	@echo 'make test-clients  the tests with transformers, accelerate and Lightning'
 	@echo 'make check    lint, format and types'
 	@echo 'make docs     build the documentation site into build/site'
-	@echo 'make results  measure again what README.md and docs/ show'
+	@echo 'make results  measure demo, step, limits and the cost of an iteration again; fill all tables'
 	@echo 'make soak     half an hour of faults and interruptions (SOAK_MINUTES=30), writes docs/reliability.md'
 	@echo 'make reliability  plant faults in a copy and see that the tests notice, writes docs/reliability.md'
 	@echo 'make gpu      the queue for minutes with a GPU (MINUTES=14), into gpu-out: docs/gpu.md'

@@ -3,7 +3,7 @@
     torchrun --nproc-per-node 2 examples/expert_parallel.py --folder checkpoints --steps 60
 
 Each process holds some of the experts whole, and tokens travel to them and back by all_to_all, which gloo has, too. All
-else is sharded by FSDP2. A run that was stopped goes on from its last checkpoint, in 1, 2, 4 or 8 processes.
+else is sharded by FSDP2. A run that ended, also early by --stop, goes on from there, in 1, 2, 4 or 8 processes.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ import readme_tables
 import scale_tables
 
 from learned_optim import Policy
+from learned_optim.bench.curves import geometric_mean
 from learned_optim.bench.habits_report import card_block
 
 PURPOSES = {
@@ -29,8 +30,8 @@ PURPOSES = {
     "orthogonalises the updates of matrices, as Muon does. For fine-tuning take lr=1e-4. Not for models that are "
     "mostly a large embedding.",
     "pretraining": "For networks of width 128 and more that are trained from scratch for thousands of steps on data "
-    "they see few times, as language models are. Matrices of up to 64 rows or columns are updated as by `default`. Not "
-    "for runs of some hundred steps, nor where a training set is to be memorised: `default` takes a third fewer steps "
+    "they see few times, as language models are. Matrices of up to 64 rows or columns are updated as by default. Not "
+    "for runs of some hundred steps, nor where a training set is to be memorised: default takes a third fewer steps "
     "there.",
     "recurrent": "For research: the classical form of a learned optimizer, a recurrent network per coordinate. All its "
     "weights were learned by back-propagation, by imitating default along its runs; no whole runs were compared. It is "
@@ -61,7 +62,21 @@ def completed(results: dict[str, Any], name: str, measured: readme_tables.Result
         ratio = iterations.get(readme_tables.family(task), {}).get("ratio", {}).get(name)
         if ratio is not None:
             task["time_ratio"] = ratio
+    _complete_evaluation(made.get("evaluation") or {})
     return made
+
+
+def _complete_evaluation(evaluation: dict[str, Any]) -> None:
+    """The command names its tasks, and means of times are those of the times that the card shows."""
+    tasks = evaluation.get("tasks") or []
+    if tasks and "--tasks" not in evaluation.get("command", "--tasks"):
+        evaluation["command"] += " --tasks " + " ".join(sorted(readme_tables.family(task) for task in tasks))
+    if tasks and all("time_ratio" in task and "speedup" in task for task in tasks):
+        times = [float(task["time_ratio"]) for task in tasks]
+        speedups = [float(task["speedup"]) for task in tasks]
+        evaluation["summary"]["time per step, over the reference's"] = float(f"{geometric_mean(times):.4g}")
+        in_time = geometric_mean([s / t for s, t in zip(speedups, times, strict=True)])
+        evaluation["summary"]["speedup in time, geometric mean"] = float(f"{in_time:.4g}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

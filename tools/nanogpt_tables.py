@@ -47,9 +47,9 @@ def nanogpt_short(results: Results) -> str:
         [nanoGPT](https://github.com/karpathy/nanoGPT)'s CPU example, {measured["parameters"]} parameters,
         {steps[-1]:,} steps, one line swapped: validation loss **{ends[OURS]:.3f}**. AdamW ends at {ends[OWN]:.3f} with
         nanoGPT's own learning rate and at {ends[tuned]:.3f} with the best of
-        {sum(name.startswith("AdamW") for name in runs)}. Ours passes the former after {own_step:,} steps, {own_time}
-        instead of {runs[OWN]["seconds"]} s, and the latter after {tuned_step:,}, {tuned_time} instead of
-        {runs[tuned]["seconds"]} s. One run each, one thread, {measured["date"]}, commit {measured["commit"]}.
+        {sum(name.startswith("AdamW") for name in runs)}. Ours is below the first after {own_step:,} steps ({own_time};
+        AdamW took {runs[OWN]["seconds"]} s) and below the second after {tuned_step:,} ({tuned_time}; AdamW took
+        {runs[tuned]["seconds"]} s). One run each, one thread, {measured["date"]}, commit {measured["commit"]}.
     """)
 
 

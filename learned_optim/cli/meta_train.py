@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -120,7 +121,8 @@ def run(command: Any) -> int:
         if distributed.rank() == 0:
             _report(command.out, config, result.history)
             if improved(result.history):
-                print(f'use it: LearnedOptimizer(model.parameters(), policy="{command.out / "best"}")')
+                best = os.path.join(os.curdir, command.out, "best")  # without a dot it may be read as a Hub id
+                print(f'use it: LearnedOptimizer(model.parameters(), policy="{best}")')
     return 0
 
 

@@ -14,8 +14,9 @@ Estimator = Literal["backprop", "es", "guided", "pes", "mixed", "imitation"]
 MetaLoss = Literal["final", "sum", "log_ratio"]
 Part = Literal["pace", "age", "decay", "step_size", "averaging", "caution", "tensor_head", "gates", "amplitude", "gru"]
 
-#: Parts of the tensor head, thirteen numbers each: in which direction they move its outputs, which are the logarithms
-#: of step size, weights of momentum and gradient, odds of caution, and weights of the hidden units.
+#: Parts of the tensor head, one number each for every entry of the context: in which direction they move its outputs,
+#: which are the logarithms of step size, weights of momentum and gradient, odds of caution, and weights of the hidden
+#: units.
 HEAD_DIRECTIONS: dict[str, tuple[float, ...]] = {
     "step_size": (1.0,),
     "averaging": (0.0, -1.0, -1.0, 0.0, 1.0),

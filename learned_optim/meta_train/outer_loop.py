@@ -88,7 +88,7 @@ def meta_train(
     families = get_families(config.tasks) if tasks is None else list(tasks)
     if validation is None:
         validation = get_families(config.validation_tasks) if tasks is None else families
-    preflight.check_device(config)
+    preflight.check_settings(config)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
@@ -330,7 +330,7 @@ class _Run:
     def _restore(self, saved: dict[str, Any]) -> None:
         if PolicyConfig.from_dict(saved["policy_config"]) != self.policy.config:
             raise ValueError("the checkpoint holds a policy of another architecture than the one to start from")
-        preflight.check_same_teacher(saved.get("teacher"), self.teacher)
+        preflight.check_same_run(saved, self.teacher, self.validation)
         self.policy.load_state_dict(saved["weights"])
         if self.init is not None:
             with torch.no_grad():

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
 from learned_optim.meta_train.config import MetaTrainConfig
+from learned_optim.meta_train.meta_optimizer import optimizer_class
 from learned_optim.meta_train.trajectories import Plan, hyperparameters
 from learned_optim.meta_train.vectorized import UnequalBatches, run_vectorized
 from learned_optim.policy.policy import PARTS, Policy
@@ -48,14 +50,18 @@ def check_pupil(config: MetaTrainConfig, start: Policy, teacher: Policy | None, 
         raise ValueError(f"the start is the teacher itself, {config.teacher!r}: there is nothing to learn")
 
 
-def check_same_teacher(fingerprint: str | None, teacher: Policy | None) -> None:
-    """Raise where a checkpoint's teacher, by its fingerprint, is another than the present one.
+def check_same_run(saved: Mapping[str, Any], teacher: Policy | None, validation: Sequence[Task | TaskFamily]) -> None:
+    """Raise where a checkpoint's teacher, by its fingerprint, or its validation tasks, by name, are other ones.
 
     Raises:
-        ValueError: it is.
+        ValueError: they are.
     """
-    if teacher is not None and teacher.fingerprint() != fingerprint:
+    if teacher is not None and teacher.fingerprint() != saved.get("teacher"):
         raise ValueError("the teacher's weights have changed since the run began: resume with those it began with")
+    before = sorted({name.rpartition("/")[0] for name in saved["before"]})
+    now = sorted(task.name for task in validation)
+    if before and before != now:
+        raise ValueError(f"the run began with the validation tasks {before}, found {now}: resume with the same tasks")
 
 
 def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:
@@ -73,12 +79,13 @@ def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:
     return [*names, "init"] if config.learn == "both" else names
 
 
-def check_device(config: MetaTrainConfig) -> None:
-    """Raise unless there is the device that the run asks for.
+def check_settings(config: MetaTrainConfig) -> None:
+    """Raise unless there is the device that the run asks for, and the meta-optimizer.
 
     Raises:
         ValueError: there is not.
     """
+    optimizer_class(config.meta_optimizer)
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"
         raise ValueError(f"device 'cuda' cannot be used: {why}; take device 'cpu'")

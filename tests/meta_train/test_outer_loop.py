@@ -161,6 +161,23 @@ def test_a_checkpoint_of_other_settings_is_refused_and_they_are_named(tmp_path):
         train(settings(sigma=0.2), tmp_path, resume=True)
 
 
+def test_a_checkpoint_of_other_tasks_is_refused_before_a_step_is_made(tmp_path):
+    train(settings(outer_steps=2), tmp_path)
+    others = [regression(), tiny := Quadratic()]
+    tiny.name = "another"
+    with pytest.raises(ValueError, match=r"began with the validation tasks \[.*\], found \['another', .*same tasks"):
+        meta_train(settings(), tasks=others, out=tmp_path, resume=True, show_progress=False)
+    assert len(read_metrics(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("name", ["Adom", "LBFGS", "SparseAdam", "Optimizer", "Tensor"])
+def test_a_meta_optimizer_that_cannot_be_is_refused_before_tasks_are_tried(name, tmp_path, monkeypatch):
+    monkeypatch.setattr("learned_optim.meta_train.preflight.check_tasks", None)
+    with pytest.raises(ValueError, match=f"unknown meta_optimizer '{name}'; known are .*Adam.*LearnedOptimizer"):
+        train(settings(meta_optimizer=name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_checkpoint_of_another_version_is_refused(tmp_path):
     train(settings(outer_steps=2), tmp_path)
     path = tmp_path / "checkpoint.pt"
