@@ -129,7 +129,11 @@ def run(command: Any) -> int:
 def _report(out: Path, config: MetaTrainConfig, history: Sequence[dict[str, Any]]) -> None:
     from learned_optim.meta_train.result import outer_steps_done, verdict
 
-    print(f"{out}: {outer_steps_done(history)} of {config.outer_steps} outer steps, {verdict(history)}")
+    done = outer_steps_done(history)
+    steps = f"{done} of {config.outer_steps} outer steps"
+    if done > config.outer_steps:  # on resuming with fewer
+        steps = f"{done} outer steps were made already, {config.outer_steps} were asked for"
+    print(f"{out}: {steps}, {verdict(history)}")
 
 
 def _report_stop(out: Path, config: MetaTrainConfig) -> None:

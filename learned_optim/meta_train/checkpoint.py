@@ -145,14 +145,7 @@ class RunFolder:
     def rewind(self, outer_step: int) -> list[dict[str, Any]]:
         """Drop the metrics of outer steps that the checkpoint does not know; returns those it does."""
         path = self.path / METRICS
-        known = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            try:
-                metrics = json.loads(line)
-            except ValueError:
-                continue  # cut off in the middle by whatever ended the run
-            if metrics["outer_step"] < outer_step:
-                known.append(metrics)
+        known = [m for m in _whole_lines(path) if m["outer_step"] < outer_step] if path.exists() else []
         write_atomically(path, "".join(json.dumps(m) + "\n" for m in known).encode())
         return known
 
@@ -172,9 +165,25 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
 
     Raises:
         FileNotFoundError: the folder holds no run.
+        ValueError: the file is damaged throughout.
     """
     path = Path(folder) / METRICS
     if not path.is_file():
         raise FileNotFoundError(f"{folder} holds no run: it has no {METRICS}")
-    lines = path.read_text().splitlines()
-    return [json.loads(line) for line in lines if line.endswith("}")]
+    metrics = _whole_lines(path)
+    if not metrics and path.read_bytes().count(b"\n"):
+        raise ValueError(f"{path} is damaged: none of its lines can be read")
+    return metrics
+
+
+def _whole_lines(path: Path) -> list[dict[str, Any]]:
+    """The metrics of a file, without lines that whatever ended the run cut off in the middle."""
+    whole = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            metrics = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(metrics, dict) and "outer_step" in metrics:
+            whole.append(metrics)
+    return whole

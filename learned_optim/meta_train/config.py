@@ -257,6 +257,8 @@ class MetaTrainConfig:
         path = Path(path)
         if not path.is_file():
             raise FileNotFoundError(f"no such settings file: {path}")
+        if path.suffix not in (".toml", ".json"):
+            raise ValueError(f"{path} is no settings file: its name must end in .toml or .json")
         try:
             read = _toml().loads if path.suffix == ".toml" else json.loads
             return cls.from_dict(read(path.read_text(encoding="utf-8")))

@@ -189,6 +189,17 @@ def test_a_checkpoint_of_another_version_is_refused(tmp_path):
         train(settings(outer_steps=2), tmp_path, resume=True)
 
 
+def test_metrics_are_read_up_to_what_is_damaged(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"outer_step": 0}\n{"outer_step": 1, "a\xff\n[1]\n{}x}\n{"outer_step": 2}\n{"outer')
+    assert [m["outer_step"] for m in read_metrics(tmp_path)] == [0, 2]
+    path.write_bytes(b"")
+    assert read_metrics(tmp_path) == []
+    path.write_bytes(b"\x00\x01garbage\n")
+    with pytest.raises(ValueError, match=r"metrics\.jsonl is damaged: none of its lines can be read"):
+        read_metrics(tmp_path)
+
+
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
     folder = RunFolder(tmp_path, resume=False)
     with pytest.raises(BlockingIOError, match="another process"):
