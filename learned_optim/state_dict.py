@@ -56,7 +56,7 @@ def checked(
                 f"this state was not saved by LearnedOptimizer: its parameter groups name no policy (keys {keys}). "
                 f"{way[0].upper()}{way[1:]}"
             )
-        if saved.split()[0] != policy.split()[0]:
+        if saved.partition(" ")[0] != policy.partition(" ")[0]:
             raise ValueError(
                 f"this state was made by policy {saved}, the optimizer runs policy {policy}: "
                 "construct LearnedOptimizer with the policy of the checkpoint, or start with a fresh optimizer"

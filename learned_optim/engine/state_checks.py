@@ -118,8 +118,14 @@ def check_param(name: str, p: Tensor, grad: Tensor) -> None:
     """Check what torch checks where a gradient is set, since the parameter may have been replaced after that.
 
     Raises:
-        StateMismatch: it has another shape, or lies elsewhere; or the parameter cannot be written to entry by entry.
+        StateMismatch: it has another shape, or lies elsewhere; or the parameter cannot be written to entry by entry,
+            or holds no numbers.
     """
+    if p.device.type == "meta":
+        raise StateMismatch(
+            f"parameter {name!r} is on the meta device, which holds no numbers to update. Nothing was changed. Give "
+            "it some first, as model.to_empty() does"
+        )
     if grad.shape != p.shape or grad.device != p.device:
         raise StateMismatch(
             f"the gradient of parameter {name!r} has shape {tuple(grad.shape)} on {grad.device}, the parameter has "

@@ -122,6 +122,16 @@ def test_a_gradient_of_another_shape_is_refused():
     assert_refused(optimizer, r"gradient of parameter 'weight' has shape \(3,\)")
 
 
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+def test_a_parameter_without_numbers_is_refused(backend):
+    p = torch.nn.Parameter(torch.ones(4, 3, device="meta"))
+    optimizer = make([p], backend=backend)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=r"'0\.0' is on the meta device.*Nothing was changed.*to_empty"):
+        optimizer.step()
+    assert not optimizer.state
+
+
 def test_a_parameter_that_is_expanded_is_refused():
     params, optimizer = two_steps()
     params[2].data = torch.zeros(1).expand(6)
