@@ -41,6 +41,7 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
 
 
 def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None:
+    unfinished = False
     for line, styles in (("text", ("-", "--")), ("images", (":", "-."))):
         own = [row for row in rows if row.model.line == line]
         settings = dict.fromkeys(runs.name for row in own for runs in row.ours)  # of each policy constant, then decay
@@ -57,9 +58,11 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
                     found = compare(ours, rival) if ours is not None and rival is not None else None
                     if found is not None:
                         factor = 1.0 / found.iteration if in_time else 1.0
-                        points.append(
-                            (row.model.parameters, found.steps * factor, (found.deviation or 0.0) * factor)
-                        )  # fmt: skip
+                        point = row.model.parameters, found.steps * factor
+                        points.append((*point, (found.deviation or 0.0) * factor))
+                        if not found.is_final:
+                            unfinished = True
+                            axes.annotate("*", point, (4, 1), textcoords="offset points", color=colour)
                 if points:
                     x, y, deviation = zip(*points, strict=True)
                     axes.errorbar(
@@ -72,6 +75,9 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], *, in_time: bool) -> None
     if missing:
         axes.plot(missing, [0.02] * len(missing), "x", color="0.6", transform=axes.get_xaxis_transform())
         axes.annotate("× not measured yet", (0.98, 0.05), xycoords="axes fraction", ha="right", color="0.5", fontsize=8)
+    if unfinished:
+        axes.annotate("* of which runs are missing", (0.98, 0.1), xycoords="axes fraction", ha="right", color="0.5",
+                      fontsize=8)  # fmt: skip
     axes.axhline(1.0, color="0.4", linewidth=1)
     low, high = axes.get_ylim()
     axes.set(xscale="log", xlabel="parameters", ylim=(min(low, 0.6) - 0.15, max(high, 2.0)))
