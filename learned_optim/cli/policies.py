@@ -131,7 +131,7 @@ def pull(config: Pull) -> None:
         out = config.out.expanduser()
         write(files_in(pulled.folder), out)
         print(f"written to {out}")
-        _print_use(os.path.join(".", out) if not out.is_absolute() else str(out))
+        _print_use(os.path.join(os.curdir, out))
     else:
         _print_use(stored.source)
 

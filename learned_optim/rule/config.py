@@ -222,7 +222,7 @@ class PolicyConfig:
         missing, unknown = sorted(set(_HINTS) - set(values)), sorted(set(values) - set(_HINTS))
         if missing or unknown:
             raise ValueError(f"missing keys {missing}, unknown keys {unknown}")
-        return cls(**{name: _typed(name, values[name], hint) for name, hint in _HINTS.items()})
+        return cls(**values)
 
     @property
     def orthogonalization(self) -> Orthogonalization:
@@ -258,10 +258,9 @@ def _typed(name: str, value: Any, hint: Any) -> Any:
     """``value``, as read from JSON or given by a user, in the type that the field has."""
 
     def scalar(x: Any, wanted: type) -> Any:
-        if wanted is float and isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**1023:
-            return float(x)  # larger ones are no floats
-        if wanted is float and isinstance(x, float):
-            return float(x)  # numpy's are, too
+        is_number = isinstance(x, int) and not isinstance(x, bool) and abs(x) < 2**1023  # larger ones are no floats
+        if wanted is float and (is_number or isinstance(x, float)):
+            return float(x)
         if type(x) is not wanted:
             raise ValueError(f"key {name!r} must hold {wanted.__name__}, found {x!r:.80}")
         return x

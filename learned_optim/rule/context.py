@@ -15,7 +15,7 @@ from torch import Tensor
 from learned_optim.rule.layouts import ShapeContext, TensorShapes, constant_column
 from learned_optim.rule.types import TensorState, TensorSums
 
-#: Below this a mean square counts as zero: float32 rounds there, or to zero.
+#: Below this a sum or a mean of squares counts as zero: float32 rounds there, or to zero.
 TINY = torch.finfo(torch.float32).tiny
 
 
