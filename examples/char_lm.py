@@ -70,6 +70,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=300)
     steps = parser.parse_args().steps
+    if steps < 1:
+        parser.error(f"argument --steps: expected 1 or more, found {steps}")
     for name in ("AdamW", "LearnedOptimizer"):
         loss, held_out = train(name, steps)
         print(f"{name}: training loss {loss:.3f}, held-out loss {held_out:.3f} after {steps} steps")

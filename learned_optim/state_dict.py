@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.collect import StateKeys, name_of
+from learned_optim.engine.hyperparameters import GROUP_KEYS
 from learned_optim.engine.kinds import KIND_KEYS, TensorKind
 from learned_optim.engine.param_state import GUARDED_TENSOR_KEYS, SKIPPED, TENSOR_KEYS
 from learned_optim.engine.sharding import is_dtensor
@@ -61,6 +62,8 @@ def checked(
                 f"this state was made by policy {saved}, the optimizer runs policy {policy}: "
                 "construct LearnedOptimizer with the policy of the checkpoint, or start with a fresh optimizer"
             )
+        if lacking := [key for key in GROUP_KEYS if key not in group]:
+            raise ValueError(f"a parameter group of this state lacks {lacking}, which every step reads")
     saved_ids = [i for group in saved_groups for i in group["params"]]
     params = [(p, TensorKind.of(group)) for group in groups for p in group["params"]]
     sizes = ([len(g["params"]) for g in saved_groups], [len(g["params"]) for g in groups])

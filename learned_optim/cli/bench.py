@@ -315,5 +315,9 @@ def _portable(word: str) -> str:
 
 def run(command: Any) -> None:
     """Run ``learned-optim bench``."""
-    config = config_of(command)
-    SUITES[command.suite].run(config, command.out or Path("bench") / command.suite, command_line(command))
+    config, out = config_of(command), command.out or Path("bench") / command.suite
+    for path in (out, *out.parents):  # before the hours
+        if path.exists() and not path.is_dir():
+            what = f"results are written into the folder {out}, but {path} is a file"
+            raise UsageError(f"bench: {what}: give --out a folder")
+    SUITES[command.suite].run(config, out, command_line(command))

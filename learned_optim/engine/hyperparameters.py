@@ -15,6 +15,8 @@ from learned_optim.rule.types import Hyperparameters, StepScalars
 
 T = TypeVar("T")
 
+#: Keys of a parameter group without which there is no step, but for ``maximize``, which old states lack.
+GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
 #: Types of most values; bool is neither.
 _PLAIN = frozenset((float, int))
 

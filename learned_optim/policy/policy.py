@@ -8,6 +8,7 @@ sees a coordinate's features and keeps that coordinate's hidden state. What is d
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -200,7 +201,9 @@ class Policy(nn.Module):
 
 
 def as_policy(policy: str | Path | Policy, revision: str | None) -> Policy:
-    """What the arguments of :class:`learned_optim.LearnedOptimizer` name.
+    """What the arguments of :class:`learned_optim.LearnedOptimizer` name, as a copy of its own.
+
+    An optimizer runs the rule whose fingerprint its checkpoints name, whatever becomes of a Policy that it was given.
 
     Raises:
         TypeError: of another type.
@@ -210,4 +213,6 @@ def as_policy(policy: str | Path | Policy, revision: str | None) -> Policy:
         raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
     if isinstance(policy, Policy) and revision is not None:
         raise ValueError("revision goes with a Hub id, found it beside a Policy object")
+    if isinstance(policy, Policy):
+        return copy.deepcopy(policy)
     return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)

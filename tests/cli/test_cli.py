@@ -100,6 +100,21 @@ def test_an_interrupted_bench_says_that_it_can_go_on(
     assert capsys.readouterr().err == ("interrupted: finished runs are kept, and the same command goes on from there\n")
 
 
+@pytest.mark.parametrize("place", ["results.txt", "results.txt/inside"])
+def test_a_bench_whose_folder_is_a_file_does_not_begin(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.txt").write_text("mine")
+    monkeypatch.setattr("learned_optim.bench.quality.run_quality", None)  # not to be called
+    out = str(tmp_path / place)
+    message = failure(capsys, "bench", "--suite", "quality", "--quick", "--out", out, status=2)
+    assert message == (
+        f"learned-optim: bench: results are written into the folder {out}, but {tmp_path / 'results.txt'} is a file: "
+        "give --out a folder\n"
+    )
+    assert (tmp_path / "results.txt").read_text() == "mine"
+
+
 def test_an_interrupt_is_quiet(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt

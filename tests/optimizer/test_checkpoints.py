@@ -292,6 +292,10 @@ def with_another_group(state):
     state["param_groups"].append({**state["param_groups"][0], "params": []})
 
 
+def with_a_group_without_betas(state):
+    del state["param_groups"][0]["betas"]
+
+
 def without_groups(state):
     del state["param_groups"]
 
@@ -306,6 +310,7 @@ def without_groups(state):
         (with_complex_state, "hidden_1.*complex64.*float32"),
         (with_fewer_parameters, r"\[1\] parameters.*\[2\]"),
         (with_another_group, r"\[2, 0\] parameters.*\[2\]"),
+        (with_a_group_without_betas, r"group of this state lacks \['betas'\]"),
         (without_groups, r"'param_groups', found \['state'\]"),
     ],
 )

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from helpers.support import DTYPES, POLICIES, assert_same_bits, assert_same_state, give_gradients, leaves, make, run
+from learned_optim import Policy
 
 
 def pickled(thing):
@@ -88,3 +89,17 @@ def test_the_state_of_a_copy_can_be_loaded_back():
     run(other, other.param_groups[0]["params"], 2)
     optimizer.load_state_dict(other.state_dict())
     assert_same_state(optimizer, other)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_policy_that_is_changed_later_is_not_the_optimizers(way):
+    params, policy = leaves((4, 3), seed=1), Policy.from_pretrained("default")
+    optimizer, kept = make(params, policy=policy), leaves((4, 3), seed=1)
+    same = make(kept, policy=Policy.from_pretrained("default"))
+    with torch.no_grad():
+        policy.get_parameter("head").zero_()
+    params, optimizer = WAYS[way]((params, optimizer))
+    run(optimizer, params, 3)
+    run(same, kept, 3)
+    assert_same_bits(params, kept)
+    assert optimizer.policy.fingerprint() == same.policy.fingerprint()
