@@ -11,16 +11,14 @@ made again.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import importlib.util
-import json
 import math
 import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
+from measured_runs import arguments, write
 
 from learned_optim import Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
@@ -90,15 +88,10 @@ def table(runs: list[dict[str, float]], tuned: dict[str, Any]) -> dict[str, dict
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="a .json file")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__)
     runs = [short_run(seed, args.runs / f"start{seed}") for seed in SEEDS]
     tuned = fine_tuning(args.runs / "own_task")
-    results = {"from the start": runs, "fine-tuning": tuned, "table": table(runs, tuned)}
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(args.out, {"from the start": runs, "fine-tuning": tuned, "table": table(runs, tuned)})
 
 
 if __name__ == "__main__":

@@ -11,8 +11,6 @@ are there already are not made again.
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import statistics
 import sys
@@ -22,12 +20,11 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
 import torch
+from measured_runs import arguments, efforts, gates_put_back, spread, write
 from meta_train_two_tasks import SENSORS, STROKES, gain, runs  # pyright: ignore[reportMissingImports]
 
 from learned_optim import Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
-from learned_optim.meta_train.estimators import with_weights
-from learned_optim.policy.policy import PARTS
 from learned_optim.tasks.rollout import Curve
 
 SEEDS, UNSEEN_SEEDS = (1, 2, 3), 10
@@ -56,8 +53,7 @@ def measure(name: str, seed: int, folder: Path, before: dict[str, list[Curve]]) 
     config = MetaTrainConfig(start="default", seed=seed, validation_seeds=1, **RUNS[name])
     result = meta_train(config, tasks=list(TASKS), out=folder, resume=True)
     tuned, last = result.policy, result.history[-1]
-    weights = {n: torch.zeros_like(w) if n in PARTS["gates"] else w for n, w in tuned.weights().items()}
-    after, put_back = on_unseen_seeds(tuned), on_unseen_seeds(with_weights(tuned, weights))
+    after, put_back = on_unseen_seeds(tuned), on_unseen_seeds(gates_put_back(tuned))
     return {
         "run": name, "seed": seed, "inner_steps": last["inner_steps"], "minutes": last["seconds"] / 60,
         "gain": {task: gain(curves, before[task])._asdict() for task, curves in after.items()},
@@ -68,17 +64,10 @@ def measure(name: str, seed: int, folder: Path, before: dict[str, list[Curve]]) 
 def table(measured: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """For docs/train_your_own.md: means of the seeds, and the spread of the runs."""
 
-    def spread(logs: list[float]) -> str:
-        mean, deviation = math.exp(statistics.fmean(logs)), statistics.stdev(logs)
-        return f"{mean:.2f} ± {mean * deviation:.2f}"
-
     def of_runs(name: str, which: str, task: str, value: str) -> str:
         runs = [m[which][task][value] for m in measured if m["run"] == name]
         logs = [[math.log(x) for x in run] if value == "held_out" else run for run in runs]
         return spread([statistics.fmean(run) for run in logs])
-
-    def mean(name: str, value: str) -> float:
-        return statistics.fmean(m[value] for m in measured if m["run"] == name)
 
     columns: dict[str, dict[str, str]] = {}
     for task in (task.name for task in TASKS):
@@ -88,24 +77,19 @@ def table(measured: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
         name: ", ".join(of_runs(name, "of gates", task.name, "log_speedup") for task in TASKS)
         if "parts" in RUNS[name] else "" for name in RUNS
     }  # fmt: skip
-    columns["inner steps"] = {name: f"{round(mean(name, 'inner_steps'), -3):,.0f}" for name in RUNS}
-    columns["minutes"] = {name: f"{mean(name, 'minutes'):.0f}" for name in RUNS}
+    for row in ("inner steps", "minutes"):
+        columns[row] = {name: efforts(measured, name)[row] for name in RUNS}
     return columns
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="a .json file")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__)
     before = on_unseen_seeds(Policy.from_pretrained("default"))
     measured = [
         measure(name, seed, args.runs / f"{number}-{seed}", before)
         for number, name in enumerate(RUNS) for seed in SEEDS
     ]  # fmt: skip
-    results = {"torch": torch.__version__, "runs": measured, "table": table(measured)}
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(args.out, {"torch": torch.__version__, "runs": measured, "table": table(measured)})
 
 
 if __name__ == "__main__":

@@ -10,26 +10,22 @@ made again.
 
 from __future__ import annotations
 
-import argparse
-import json
-import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 import torch
+from measured_runs import arguments, efforts, gates_put_back, spread, write
 
 from learned_optim import LearnedOptimizer, Policy
 from learned_optim.meta_train import MetaTrainConfig, meta_train
-from learned_optim.meta_train.estimators import with_weights
 from learned_optim.meta_train.time_ratio import Outcome, compare
-from learned_optim.policy.policy import PARTS
 from learned_optim.tasks import get_families
 from learned_optim.tasks.rollout import train
 
 SEEDS = (1, 2, 3)
 UNSEEN = 10_000  #: number of the first task of a family that meta-training does not draw
-LENGTH = 300  #: cap of all runs; most tasks of the zoo are longer, which makes meta-gradients dearer, not better
+LENGTH = 300  #: cap of all runs, so that the whole takes little more than an hour
 #: By the table's rows: outer steps of about as many inner steps, those of guides counted.
 RUNS: dict[str, dict[str, Any]] = {
     '`"es"`': {"outer_steps": 20},
@@ -62,8 +58,7 @@ def measure(name: str, seed: int, folder: Path, before: dict[str, list[float]]) 
     )  # fmt: skip
     result = meta_train(config, out=folder, resume=True, show_progress=False)
     tuned, last = result.policy, result.history[-1]
-    weights = {n: torch.zeros_like(w) if n in PARTS["gates"] else w for n, w in tuned.weights().items()}
-    after, put_back = losses_of(tuned), losses_of(with_weights(tuned, weights))
+    after, put_back = losses_of(tuned), losses_of(gates_put_back(tuned))
     return {
         "run": name, "seed": seed, "inner_steps": last["inner_steps"], "minutes": round(last["seconds"] / 60, 1),
         "log_speedup": log_speedups(after, before), "of gates": log_speedups(after, put_back),
@@ -73,37 +68,27 @@ def measure(name: str, seed: int, folder: Path, before: dict[str, list[float]]) 
 def table(measured: list[dict[str, Any]]) -> dict[str, dict[str, str]]:
     """For docs/train_your_own.md: means of the runs, and their standard deviation."""
 
-    def spread(name: str, which: str) -> str:
-        logs = [statistics.fmean(m[which].values()) for m in measured if m["run"] == name]
-        return f"{math.exp(statistics.fmean(logs)):.3f} ± {statistics.stdev(logs):.3f}"
-
-    def mean(name: str, value: str) -> float:
-        return statistics.fmean(m[value] for m in measured if m["run"] == name)
+    def factor(name: str, which: str) -> str:
+        return spread([statistics.fmean(m[which].values()) for m in measured if m["run"] == name], digits=3)
 
     return {
         name: {
-            "speedup over `default`": spread(name, "log_speedup"),
-            "of it the gates": spread(name, "of gates"),
-            "inner steps": f"{round(mean(name, 'inner_steps'), -3):,.0f}",
-            "minutes": f"{mean(name, 'minutes'):.0f}",
+            "speedup over `default`": factor(name, "log_speedup"),
+            "of it the gates": factor(name, "of gates"),
+            **efforts(measured, name),
         }
         for name in RUNS
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("out", type=Path, help="a .json file")
-    parser.add_argument("--runs", type=Path, required=True, help="folder for the runs")
-    args = parser.parse_args()
-    torch.set_num_threads(1)
+    args = arguments(__doc__)
     before = losses_of(Policy.from_pretrained("default"))
     measured = [
         measure(name, seed, args.runs / f"{number}-{seed}", before)
         for seed in SEEDS for number, name in enumerate(RUNS)
     ]  # fmt: skip
-    results = {"torch": torch.__version__, "runs": measured, "table": table(measured)}
-    args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(args.out, {"torch": torch.__version__, "runs": measured, "table": table(measured)})
 
 
 if __name__ == "__main__":

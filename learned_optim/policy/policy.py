@@ -211,8 +211,8 @@ def as_policy(policy: str | Path | Policy, revision: str | None) -> Policy:
     """
     if not isinstance(policy, str | Path | Policy):
         raise TypeError(f"policy must be a name, a folder, a Hub id or a Policy, found {type(policy).__name__}")
-    if isinstance(policy, Policy) and revision is not None:
-        raise ValueError("revision goes with a Hub id, found it beside a Policy object")
     if isinstance(policy, Policy):
+        if revision is not None:
+            raise ValueError("revision goes with a Hub id, found it beside a Policy object")
         return copy.deepcopy(policy)
     return Policy.from_pretrained(policy) if revision is None else Policy.from_pretrained(policy, revision=revision)
