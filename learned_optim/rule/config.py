@@ -15,9 +15,6 @@ from learned_optim.rule.orthogonalize import POLAR_METHODS, Orthogonalization
 
 #: Of ``config.json``; a newer one is refused on loading.
 FORMAT_VERSION = 1
-#: Fields that this format did not have at first, each with the value that does without it. They are written only where
-#: they have another, so that policies made before are read, keep their fingerprints, and can be read by what made them.
-LATER_FIELDS: Mapping[str, Any] = {"pace_anew": 0.0}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,8 +49,6 @@ class PolicyConfig:
             gradients some steps later only.
         pace_bound: the pace stays within exp(+-pace_bound). Gradients of batches that are drawn without replacement
             turn against each other whatever the step size: what they add up to in a long run must stay harmless.
-        pace_anew: the logarithm of the pace that a tensor takes on as it becomes young again (see ``age_rate``), per
-            unit of that cosine where it is positive. Beyond ``pace_bound``, it lasts for one step.
         age_rate: a tensor's age, the number of steps that windows and context count, is multiplied in a step by
             exp(-age_rate x), with x what its weights say of the context where that is positive; 0 does without weights,
             and the age is the number of steps.
@@ -105,7 +100,6 @@ class PolicyConfig:
     pace_rate: float = 0.002
     pace_growth: float = 0.01
     pace_bound: float = 0.7
-    pace_anew: float = 0.0
     age_rate: float = 0.0
     decay_rate: float = 0.0
     orthogonal: float = 0.0
@@ -153,7 +147,7 @@ class PolicyConfig:
             require(getattr(self, name) > 0.0, name, "positive")
         for name in ("caution", "pace_gain", "pace_rate", "pace_growth", "age_rate", "orthogonal"):
             require(0.0 <= getattr(self, name) <= 1.0, name, "in [0, 1]")
-        for name in ("pace_bound", "pace_anew", "decay_rate", "orthogonal_damping"):
+        for name in ("pace_bound", "decay_rate", "orthogonal_damping"):
             require(0.0 <= getattr(self, name) <= 10.0, name, "in [0, 10]")
         require(0.0 < self.head_bound <= 10.0, "head_bound", "in (0, 10]")
         require(len(self.orthogonal_coefficients) > 0, "orthogonal_coefficients", "at least one number")
@@ -209,15 +203,12 @@ class PolicyConfig:
         return {name: getattr(self, name) for name in names}
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON types, every field; of ``LATER_FIELDS`` those that do something."""
-        values = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
-        return {k: v for k, v in values.items() if k not in LATER_FIELDS or v != LATER_FIELDS[k]}
+        """Plain JSON types, every field."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(self).items()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> PolicyConfig:
         """The inverse of :meth:`to_dict`. Strict: no key may be missing, unknown, or of another type.
-
-        Only ``LATER_FIELDS`` may be missing, and then do nothing.
 
         Raises:
             ValueError: with the keys concerned; another ``format_version`` is named first.
@@ -228,10 +219,10 @@ class PolicyConfig:
                 f"made for policy format {version}, this learned_optim reads up to {FORMAT_VERSION}: "
                 "upgrade, in the clone with `git pull && pip install .`"
             )
-        missing, unknown = sorted(set(_HINTS) - set(LATER_FIELDS) - set(values)), sorted(set(values) - set(_HINTS))
+        missing, unknown = sorted(set(_HINTS) - set(values)), sorted(set(values) - set(_HINTS))
         if missing or unknown:
             raise ValueError(f"missing keys {missing}, unknown keys {unknown}")
-        return cls(**{**LATER_FIELDS, **values})
+        return cls(**values)
 
     @property
     def orthogonalization(self) -> Orthogonalization:

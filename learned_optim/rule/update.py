@@ -9,8 +9,7 @@ is no other place where an update is computed. Per coordinate, for gradient g an
     k  = exp(-epsilon max(0, E . c)),  t' = 1 + k t'                                 age: steps that still count
     z_j = min(1, max(1/t', rate_j(t') f(C_j . c) f(W_j . x)))                        gates of the recurrent cell
     h_j = h_j + z_j (u - h_j)                                                        THE HIDDEN STATE
-    a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha)                 pace: the tensor's own state
-    a  = k a + (1 - k) nu max(0, cos)
+    a  = clamp(a + min(delta, gamma cos + rho S . c), -alpha, alpha) k               pace: the tensor's own state
     d  = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q . x)                              mixture times amplitude
     d  = (1 - kappa) d  where d u < 0                                                caution
     d  = orthogonalised where d is a matrix, and damped where that turns it far      see orthogonalize.py
@@ -23,8 +22,7 @@ lies on the initial zero.
 
 The age t' is the number of steps t until something in the context says that the problem has changed, as gradients do
 that are suddenly far larger than their running mean square. Then k < 1: windows become short again, the context hears
-of it, and the pace that belongs to the old problem gives way to one that is as large as the new gradients agree. They
-do after a change of target, and the way to the new one is short; a batch that is an outlier agrees with nothing.
+of it, and the pace that belongs to the old problem fades.
 
 The pace a, one number per tensor, adds up the fast cosine between gradient and momentum, and what else the context
 says: steps grow while gradients keep their direction and shrink while they turn (as in hypergradient descent, Baydin et
@@ -213,10 +211,7 @@ def coefficients(
     state = state._replace(log_pace=_paced(weights, config, context, state, sums.u_u < TINY))
     if config.age_rate:
         share = _kept_share(weights, config, context)
-        log_pace = share * state.log_pace
-        if config.pace_anew:
-            log_pace = log_pace + (1.0 - share) * config.pace_anew * state.cosine_fast.clamp(min=0.0)
-        state = state._replace(age=1.0 + share * (state.age - 1.0), log_pace=log_pace)
+        state = state._replace(age=1.0 + share * (state.age - 1.0), log_pace=share * state.log_pace)
         context = tensor_context(config, ContextInputs.of(tensor_shapes, statistics, state))
 
     head = per_column(weights["head"], context)  # [outputs, K]
@@ -270,7 +265,7 @@ def _decay(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor)
 
 
 def _kept_share(weights: Mapping[str, Tensor], config: PolicyConfig, context: Tensor) -> Tensor:
-    """k: the share of a tensor's age, and of the logarithm of its pace, that is left after this step, [K] in (0, 1]."""
+    """The share of a tensor's age, and of the logarithm of its pace, that is left after this step, [K] in (0, 1]."""
     (said,) = per_column(weights["age"], context).unbind()
     return (-config.age_rate * said.clamp(min=0.0)).exp()
 

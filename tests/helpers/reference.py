@@ -85,7 +85,7 @@ class ReferenceTensor:
         if config.age_rate > 0.0:
             kept = math.exp(-config.age_rate * max(0.0, dot(self.weights["age"][0], context)))
             self.age = 1.0 + kept * (self.age - 1.0)
-            self.pace = kept * self.pace + (1.0 - kept) * config.pace_anew * max(0.0, self.cosine_fast)
+            self.pace *= kept
             context = self.context(p, u, b, h1)
         if config.decay_rate > 0.0:
             own = config.decay_rate * max(0.0, dot(self.weights["decay"][0], context))

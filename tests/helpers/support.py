@@ -25,13 +25,7 @@ POLICIES = {
     "gru": random_policy(PolicyConfig.gru(decay_rate=0.3)),
     "orthogonal": random_policy(
         PolicyConfig(
-            orthogonal=0.7,
-            orthogonal_damping=1.5,
-            pace_gain=0.2,
-            pace_growth=0.1,
-            pace_anew=0.8,
-            age_rate=0.5,
-            decay_rate=0.5,
+            orthogonal=0.7, orthogonal_damping=1.5, pace_gain=0.2, pace_growth=0.1, age_rate=0.5, decay_rate=0.5
         )
     ),
 }

@@ -40,7 +40,7 @@ def nudged(good: dict) -> st.SearchStrategy[dict]:
     return st.one_of([of_type[type(v)].map(lambda x, k=k: {**good, k: x}) for k, v in scalars.items()])
 
 
-META, POLICY = MetaTrainConfig().to_dict(), PolicyConfig(pace_anew=0.5).to_dict()
+META, POLICY = MetaTrainConfig().to_dict(), PolicyConfig().to_dict()
 
 
 @settings(max_examples=150)

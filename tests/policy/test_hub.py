@@ -18,7 +18,6 @@ from learned_optim.policy import files as policy_files
 from learned_optim.policy.errors import InvalidPolicyError, PolicyNotFoundError, UnknownPolicyError
 from learned_optim.policy.files import CARD, CONFIG, RESULTS, WEIGHTS
 from learned_optim.policy.resolve import bundled
-from learned_optim.rule.config import LATER_FIELDS
 
 RESULT = {"training": {"method": "set by hand"}, "notes": ["a note"]}
 
@@ -265,17 +264,6 @@ def test_an_artefact_that_is_not_exactly_one_is_refused(name: str, tmp_path: Pat
         Policy.from_pretrained(tmp_path)
     assert len(str(caught.value)) < 1000
     assert "\n" not in str(caught.value)
-
-
-def test_a_policy_made_before_a_field_came_is_the_rule_that_it_was(tmp_path: Path) -> None:
-    Policy().save_pretrained(tmp_path)
-    assert not set(LATER_FIELDS) & set(json.loads((tmp_path / CONFIG).read_text()))
-    made = Policy.from_pretrained(tmp_path).fingerprint()
-    rewrite(tmp_path, lambda values: values.update(LATER_FIELDS))  # by hand, and it means the same
-    assert Policy.from_pretrained(tmp_path).fingerprint() == made
-    Policy(PolicyConfig(pace_anew=0.5)).save_pretrained(tmp_path)
-    assert Policy.from_pretrained(tmp_path).config.pace_anew == 0.5
-    assert Policy.from_pretrained(tmp_path).fingerprint() != made
 
 
 @pytest.mark.parametrize("name", [CONFIG, WEIGHTS, RESULTS])

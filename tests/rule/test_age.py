@@ -80,26 +80,6 @@ def test_a_young_tensor_forgets_the_old_gradients():
     torch.testing.assert_close(state["hidden_0"], u, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("anew", [0.0, 0.4, 2.0])
-def test_a_tensor_that_becomes_young_takes_on_a_pace_as_large_as_its_gradients_agree(anew):
-    """With age 1 nothing is left of the pace before; here it would otherwise have grown. Outliers have no pace."""
-    policy = Policy(PolicyConfig(age_rate=1.0, pace_gain=0.1, pace_anew=anew))
-    with torch.no_grad():
-        policy.weights()["age"][0, policy.config.context.index("bias")] = 1e3
-    params = leaves((8, 6))
-    optimizer = LearnedOptimizer(params, policy=policy)
-    (paces, cosines) = [], []
-    for sign in [1.0] * 20 + [-30.0]:
-        give_gradients(params, 1, sign)
-        optimizer.step()
-        (state,) = optimizer.state.values()
-        paces.append(float(state["log_pace"]))
-        cosines.append(float(state["cosine_fast"]))
-    assert cosines[19] > 0.9
-    assert cosines[20] < 0.7
-    assert paces == pytest.approx([anew * max(0.0, cosine) for cosine in cosines])
-
-
 def test_without_an_age_rate_nothing_makes_it_young():
     params = leaves((8, 6))
     optimizer = make(params, "base")
