@@ -35,17 +35,18 @@ class LearnedOptimizer(Optimizer):
     .. code-block:: text
 
         input : lr, beta1, beta2, eps, weight_decay, parameters p, policy (f: bounded factor, 1 at 0)
-        state : m, v, h_1 .. h_H, all zero, per coordinate; two averages of a cosine and a, per tensor
+        state : m, v, h_1 .. h_H, all zero, per coordinate; two averages of a cosine, a and the age, per tensor
         for t = 1, 2, ... do, for every tensor
             g   = gradient (negated if maximize)
             m   = beta1 m + (1 - beta1) g,      v = beta2 v + (1 - beta2) g^2
             u   = g / (sqrt(v_hat) + eps),      b = m_hat / (sqrt(v_hat) + eps)     bias-corrected
-            c   = context of the tensor: its shape, log t, rms of p, u, b, h_1, cosine of g and m
-            s, w, kappa, rates, decay = head(c)                                     once per tensor
+            c   = context of the tensor: its shape, log age, rms of p, u, b, h_1, cosine of g and m
+            s, w, kappa, k, rates, decay = head(c)                                  once per tensor
             x   = features of the coordinate: u, b, h_1, p over their rms
-            z_j = clamp(rate_j f(W_j x), 1/t, 1)
+            z_j = clamp(rate_j f(W_j x), 1/age, 1)
             h_j = h_j + z_j (u - h_j)                                               recurrent, H per coordinate
             a   = clamp(a + min(delta, gamma cos + rho S c), -alpha, alpha)         pace, recurrent too
+            age, a = 1 + k (age - 1), k a                                           k < 1 where the problem has changed
             d   = s e^a (w_b b + w_u u + sum_j w_j h_j) f(Q x)
             d   = (1 - kappa) d where d u < 0                                       caution
             if d is a matrix, and the policy orthogonalises with share w:
