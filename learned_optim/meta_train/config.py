@@ -39,7 +39,9 @@ class MetaTrainConfig:
         parts: parts of the policy that are learned. Five have few numbers, which ``es`` finds in a fraction of the
             time: ``pace`` (what a tensor's step size grows or shrinks by), ``age`` (when a tensor becomes young again),
             and three parts of the tensor head: ``step_size``, ``averaging`` (the long average against momentum and
-            gradient) and ``caution``. Empty means ``pace`` and ``step_size`` for ``es``, ``guided`` and ``pes`` where
+            gradient) and ``caution``. The others: all of the ``tensor_head``; ``decay`` (the rule's own weight decay,
+            where the policy has it); of each coordinate ``gates`` and ``amplitude``; ``gru`` (all of a GRU cell). Empty
+            means ``pace`` and ``step_size`` for ``es``, ``guided`` and ``pes`` where
             the cell is a mixture, and all that the policy has otherwise.
         estimator: of the meta-gradient. ``backprop``: truncated back-propagation through the unrolled inner training.
             ``es``: antithetic evolution strategies over whole trajectories (Salimans et al. 2017). ``guided``: the same
