@@ -17,6 +17,7 @@ kinds.py            what a group says its tensors are: stacks, packed matrices, 
 param_state.py      one tensor with gradient and state, as backends see it
 collect.py          what a step updates: groups checked, state completed and kept from step to step
 state_checks.py     whether state belongs to its parameter
+uncounted.py        tensors for which a step does not count: their gradient is not finite, or zero so far
 hyperparameters.py  parameter groups: checks, and the hyperparameters of a step
 sharding.py         parameters spread over processes
 cut_matrices.py     orthogonalising a matrix of which several processes hold parts

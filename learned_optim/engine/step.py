@@ -11,7 +11,6 @@ of several processes, add up between the first two.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from itertools import chain, groupby
@@ -27,6 +26,7 @@ from learned_optim.engine.param_state import ParamIndex, ParamState, uncount
 from learned_optim.engine.products import gram as gram_of
 from learned_optim.engine.products import padded, padded_together
 from learned_optim.engine.sharding import Shards
+from learned_optim.engine.uncounted import at_rest, is_finite, suspects, take_back, without
 from learned_optim.rule import update
 from learned_optim.rule.layouts import indices_by
 from learned_optim.rule.orthogonalize import (
@@ -112,6 +112,7 @@ def run_step(
             _run_buckets(backend, buckets, report, skip_nonfinite)
     if skip_nonfinite:
         report.skipped = {p.param_index: p.skipped for p in params if p.skipped is not None}
+    take_back([p for p in params if p.is_first and p.rows is not None and p.numel == 0])
     if report.left_out:
         report.records.append(StepRecord.of_left_out(backend.head.config, report.left_out))
         uncount([p.count for p in report.left_out])
@@ -126,11 +127,11 @@ def _run_buckets(backend: Backend, buckets: list[Bucket], report: StepReport, sk
     params = list(chain.from_iterable(bucket.params for bucket in buckets))
     measured = [bucket.measure() for bucket in buckets]
     sums = measured[0] if len(measured) == 1 else TensorSums(*map(torch.cat, zip(*measured, strict=True)))
-    if skip_nonfinite and (suspect := _suspects(torch.stack(sums))):
-        left_out = [params[i] for i in suspect if not _is_finite(params[i])]
+    if skip_nonfinite and (suspect := suspects(torch.stack(sums))):
+        left_out = [params[i] for i in suspect if not is_finite(params[i])]
         if left_out:
             report.left_out += left_out
-            rest = _without(params, left_out)
+            rest = without(params, left_out)
             for again in bins(backend.buckets(rest), lambda bucket: bucket.copied, limit(COPIED, sums.u_u.device)):
                 _run_buckets(backend, again, report, skip_nonfinite=False)
             return
@@ -140,25 +141,7 @@ def _run_buckets(backend: Backend, buckets: list[Bucket], report: StepReport, sk
     for matrices in bins(_apply(buckets, stacked), lambda matrix: matrix.param.numel, most):
         with torch.autocast(stacked.device.type, enabled=False):
             report.length_factors.extend(_orthogonalize_and_move(head, matrices))
-
-
-def _suspects(sums: Tensor) -> list[int]:
-    """Columns of sums [S, K] that are not finite: every tensor is among them whose gradient is not.
-
-    A gradient that is NaN or infinite makes itself NaN over the root of the second moment. The sums are there anyway.
-    """
-    if math.isfinite(float(sums.sum())):  # as in almost every step
-        return []
-    return (~sums.isfinite().all(0)).nonzero().flatten().tolist()
-
-
-def _is_finite(param: ParamState) -> bool:
-    return bool(param.grad.isfinite().all())
-
-
-def _without(params: list[ParamState], left_out: list[ParamState]) -> list[ParamState]:
-    ids = {id(p) for p in left_out}
-    return [p for p in params if id(p) not in ids]
+    take_back(at_rest(params, sums))
 
 
 def _run_shards(
@@ -189,25 +172,27 @@ def _run_shards(
         if copied <= most:
             buckets.append(bucket)
     shards.add_up(sums)
-    if skip_nonfinite and (suspect := _suspects(sums)):  # the same in all processes
+    if skip_nonfinite and (suspect := suspects(sums)):  # the same in all processes
         bad = torch.zeros(len(columns), dtype=torch.float64, device=shards.device)
         for p in params:
-            if columns[p.param_index] in suspect and not _is_finite(p):
+            if columns[p.param_index] in suspect and not is_finite(p):
                 bad[columns[p.param_index]] = 1.0
         shards.add_up(bad)
         bad = bad.tolist()
         left_out = [p for p in params if bad[columns[p.param_index]] > 0.0]
         report.left_out += left_out
         if left_out:
-            params = _without(params, left_out)
+            params = without(params, left_out)
             buckets, copied = [], most + 1
             order = [p for bucket in backend.buckets(params) for p in bucket.params]
     matrices: dict[ParamIndex, Matrix] = {}
+    resting: list[ParamState] = []
     if params:
         order += [p for p in params if p.numel == 0]
         here = TensorSums(*sums[:, [columns[p.param_index] for p in order]].unbind())
         stacked, records = backend.head(order, here)
         report.records.extend(records)
+        resting = at_rest(order, here)
         again = buckets if copied <= most else backend.buckets(params)
         matrices = {matrix.param.param_index: matrix for matrix in _apply(again, stacked)}
     settings = backend.head.config.orthogonalization
@@ -218,6 +203,7 @@ def _run_shards(
     report.length_factors.extend(orthogonalize_cut(settings, cut, matrices, shards, partial(_move, backend.head)))
     for some in bins((m for index, m in matrices.items() if index not in cut), lambda matrix: matrix.param.numel, most):
         report.length_factors.extend(_orthogonalize_and_move(backend.head, some))
+    take_back(resting)
 
 
 def _apply(buckets: Iterable[Bucket], stacked: Tensor) -> Iterator[Matrix]:

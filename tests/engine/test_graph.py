@@ -94,6 +94,19 @@ def test_replays_give_the_bits_of_steps_that_are_not_captured(policy, options):
     assert optimizer.backend == "eager; one CUDA graph"
 
 
+def test_nothing_is_captured_while_a_tensor_has_had_no_gradient_but_zero():
+    """Whether its step counts is for the host to say."""
+    params = leaves(*SHAPES)
+    optimizer, fake = graphed(params)
+    for number in range(20):
+        keep_gradients(params, number)
+        if number < 10:
+            params[3].grad.zero_()
+        optimizer.step()
+        assert bool(fake.recorded) == (number > 10)
+    assert [float(optimizer.state[p]["step"]) for p in params] == [20.0, 20.0, 20.0, 10.0, 20.0, 20.0, 20.0]
+
+
 @pytest.mark.parametrize("policy", BOTH)
 def test_a_graph_agrees_with_plain_steps(policy):
     params, plain = leaves(*SHAPES), leaves(*SHAPES)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from helpers.support import assert_same_bits, assert_same_state, make, regression, train
+from helpers.support import assert_same_bits, assert_same_state, give_gradients, leaves, make, regression, train
 from learned_optim import LearnedOptimizer
 
 BACKENDS = ["eager", "compiled"]
@@ -126,6 +126,57 @@ def test_training_goes_on_after_a_rest_with_gradients_of_zero(policy, backend, r
             assert optimizer.state[model.weight]["log_pace"] == pace  # pyright: ignore[reportPossiblyUnboundVariable]
     assert max(losses[-30:]) < 2.0 * losses[199 + rest] + 1e-4  # which weight decay has raised a little
     assert abs(optimizer.diagnostics()["0.0"]["cosine_slow"]) <= 1.0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *({"backend": backend} for backend in BACKENDS),
+        {"safeguard": True},
+        {"capturable": True},
+        {"skip_nonfinite": True},
+        {"state_dtype": torch.bfloat16},
+        {"policy": "recurrent"},
+    ],
+    ids=str,
+)
+def test_a_tensor_begins_with_its_first_gradient_that_is_not_zero(options):
+    """As a head whose loss is switched on later; counted, the steps before made its first one 400 lr large, not 25."""
+
+    def trained(rest, of_all=True):
+        """Three steps, after a rest in which the gradients of a matrix and of one in a stack are zero, or all."""
+        matrix, bias, stack = params = leaves((6, 8), (8,), (2, 6, 8))
+        groups = [{"params": [matrix, bias]}, {"params": [stack], "stacked": 1}]
+        optimizer = LearnedOptimizer(groups, weight_decay=0.0, **options)
+        for step in range(rest + 3):
+            give_gradients(params, step - rest)
+            if step < rest:
+                for grad in [p.grad for p in params] if of_all else (matrix.grad, stack.grad[1]):
+                    grad.zero_()
+            optimizer.step()
+        return [optimizer.state[p] for p in params], [p.detach() for p in params]
+
+    def those(numbers, rows):
+        return [numbers[0], numbers[2][1]] if rows else numbers
+
+    states, params = trained(rest=0)
+    for rest, of_all in ((1, True), (500, True), (30, False)):
+        later_states, later = trained(rest, of_all)
+        assert_same_bits(those(later, not of_all), those(params, not of_all))
+        for key in states[0]:
+            found, expected = ([state[key] for state in some] for some in (later_states, states))
+            assert_same_bits(those(found, not of_all), those(expected, not of_all))
+        assert later_states[2]["step"].tolist() == [3.0 if of_all else rest + 3.0, 3.0]
+
+
+def test_an_embedding_begins_with_the_first_of_its_rows():
+    embedding = nn.Embedding(5, 3, sparse=True)
+    optimizer = LearnedOptimizer(embedding.parameters())
+    for words in ([], [], [1, 4]):
+        optimizer.zero_grad()
+        embedding(torch.tensor(words, dtype=torch.long)).square().sum().backward()
+        optimizer.step()
+    assert optimizer.state[embedding.weight]["step"] == 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
