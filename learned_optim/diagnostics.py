@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,7 +60,9 @@ def figures_by_parameter(config: PolicyConfig, report: StepReport) -> dict[str, 
             figures["skipped"] = counts.to(figures["step"])
         table = torch.stack(list(figures.values())).T.tolist()  # one transfer from the device
         rows |= {index: dict(zip(figures, row, strict=True)) for index, row in zip(record.params, table, strict=True)}
-    return {report.names[index]: rows[index] for index in sorted(rows)}
+    uses = Counter(report.names[index] for index in rows)
+    names = {i: f"{report.names[i]} ({i[0]}.{i[1]})" if uses[report.names[i]] > 1 else report.names[i] for i in rows}
+    return {names[index]: rows[index] for index in sorted(rows)}
 
 
 def _figures(config: PolicyConfig, record: StepRecord, length_factors: list[float]) -> dict[str, Tensor]:

@@ -152,8 +152,8 @@ class LearnedOptimizer(Optimizer):
         """Go on from AdamW in the middle of a run: the same parameters, its moments, step counts and learning rates.
 
         Groups keep their names, ``lr``, ``weight_decay``, ``maximize`` and what else they hold, so that a schedule can
-        go on, made anew for this optimizer with its ``last_epoch``. ``betas`` and ``eps`` are the policy's, as always;
-        the moments are scaled so that they are the same after bias correction.
+        go on, made anew with ``last_epoch=old.last_epoch - 1``. ``betas`` and ``eps`` are the policy's, as always; the
+        moments are scaled so that they are the same after bias correction.
 
         The age of each tensor is its step count, so that the rule takes the short steps of a run that is as old: the
         loss goes on where it was. Running cosines, pace and the hidden state, which takes ``step / 4`` steps or so to

@@ -30,7 +30,7 @@ def diagnostics(history: History, path: str | Path) -> Path:
         ValueError: there is nothing to draw.
         ImportError: matplotlib is not installed.
     """
-    if not history or not history[-1]:
+    if isinstance(history, Mapping) or not history or not history[-1]:
         raise ValueError(
             "nothing to draw: collect opt.diagnostics() after steps, and pass the list of what it returned"
         )

@@ -111,7 +111,8 @@ def checked(
 def restored(keys: StateKeys, p: Any, key: str, value: Any) -> Any:
     """A saved value as an optimizer keeps it: torch itself would have cast it to the parameter's dtype."""
     if key == "step":
-        return torch.as_tensor(value, dtype=torch.float32).detach().to(keys.device_of_step(p), copy=True)
+        value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
+        return value.detach().to(torch.float32).to(keys.device_of_step(p), copy=True)
     if not isinstance(value, Tensor) or not isinstance(p, Tensor):
         return value
     if key not in keys.coordinate:
@@ -147,10 +148,11 @@ def groups_of_adamw(adamw: Any, options: Mapping[str, Any]) -> list[dict[str, An
                 "this Adam adds weight decay to the gradient, so that its moments are not those of the gradient: "
                 "start with a fresh LearnedOptimizer, or pass an AdamW or an Adam with weight_decay=0"
             )
-        left_out = {*_NOT_TAKEN_OVER, *options, *(["initial_lr"] if "lr" in options else [])}
-        taken = {key: value for key, value in group.items() if key not in left_out}
-        if isinstance(taken.get("lr"), Tensor):
-            taken["lr"] = taken["lr"].clone()
+        taken = {key: value for key, value in group.items() if key not in {*_NOT_TAKEN_OVER, *options}}
+        if "initial_lr" in taken and "lr" in options:
+            taken["initial_lr"] = options["lr"]  # what a schedule that goes on multiplies
+        for key in {"lr", "initial_lr"} & taken.keys():
+            taken[key] = taken[key].clone() if isinstance(taken[key], Tensor) else taken[key]
         names = group.get("param_names")
         params = list(zip(names, group["params"], strict=True)) if names else list(group["params"])
         groups.append({**taken, "params": params})

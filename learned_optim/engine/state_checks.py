@@ -5,6 +5,7 @@ Kernels go by the parameter's size, so that state of another shape would be read
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor
 
 from learned_optim.engine.param_state import ParamState
-from learned_optim.engine.sharding import is_dtensor
+from learned_optim.engine.sharding import is_dtensor, local
 
 #: Of tensors that are kept from step to step, seen as real numbers.
 STATE_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -119,12 +120,22 @@ def check_param(name: str, p: Tensor, grad: Tensor) -> None:
 
     Raises:
         StateMismatch: it has another shape, or lies elsewhere; or the parameter cannot be written to entry by entry,
-            or holds no numbers.
+            or holds no numbers, or not in memory of its own, or others than lie there.
     """
     if p.device.type == "meta":
         raise StateMismatch(
             f"parameter {name!r} is on the meta device, which holds no numbers to update. Nothing was changed. Give "
             "it some first, as model.to_empty() does"
+        )
+    if type(p) not in (Tensor, torch.nn.Parameter) and not _has_memory(local(p)):
+        raise StateMismatch(
+            f"parameter {name!r} is a {type(p).__name__}, a tensor without memory of its own, to which kernels could "
+            "write. Nothing was changed. Give the optimizer plain tensors, such as those that it wraps"
+        )
+    if p.is_conj() or p.is_neg():
+        raise StateMismatch(
+            f"parameter {name!r} is a view that conjugates or negates what lies in memory. Nothing was changed. Make "
+            "it a tensor of its own: torch.nn.Parameter(p.detach().resolve_conj().resolve_neg())"
         )
     if grad.shape != p.shape or grad.device != p.device:
         raise StateMismatch(
@@ -133,6 +144,12 @@ def check_param(name: str, p: Tensor, grad: Tensor) -> None:
         )
     if found := _memory(p):
         raise StateMismatch(f"parameter {name!r} cannot be updated: it {found}. Nothing was changed. Copy it first")
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of fake tensors, which have an address that is 0
+        return tensor.numel() == 0 or tensor.data_ptr() != 0
 
 
 def check_sparse(name: str, p: Tensor, grad: Tensor, is_packed: bool) -> None:

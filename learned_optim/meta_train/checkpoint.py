@@ -122,8 +122,9 @@ class RunFolder:
             if saved is None:
                 raise ValueError(f"{path} was made by another version of learned_optim: start again in another "
                                  f"folder, from {str(self.path / 'best')!r}")  # fmt: skip
-            # More outer steps only mean that the run goes on for longer.
-            differing = [d for d in saved.differences(config) if not d.startswith(("outer_steps:", "threads:"))]
+            # More outer steps, and more patience, only mean that the run goes on for longer.
+            free = ("outer_steps:", "patience:", "threads:")
+            differing = [d for d in saved.differences(config) if not d.startswith(free)]
             if differing:
                 raise ValueError(f"{path} was made with other settings ({'; '.join(differing)}): "
                                  "resume with the same ones, or use another folder")  # fmt: skip

@@ -185,7 +185,11 @@ class _Run:
         config = self.config
         stop = None
         with collected_signals(bar.stopping, together=0.0 if distributed.world_size() == 1 else 1.0) as received:
-            while self.outer_step < config.outer_steps and stop is None:
+
+            def ends() -> bool:  # on entry too: a run that is resumed may have come to its end
+                return stop is not None or self.outer_step >= config.outer_steps or 0 < config.patience <= self.stale
+
+            while not ends():
                 metrics = self._outer_step(estimator)
                 history.append(metrics)
                 if folder is not None:
@@ -193,12 +197,8 @@ class _Run:
                 bar.update(metrics, self.best_value)
                 caught = [s for s in distributed.gather(list(received)) if s]
                 stop = caught[0] if caught else None
-                impatient = config.patience > 0 and self.stale >= config.patience
-                ends = stop is not None or impatient or self.outer_step == config.outer_steps
-                if ends or self.outer_step % config.save_every == 0:
+                if ends() or self.outer_step % config.save_every == 0:
                     self._save(folder)
-                if impatient:
-                    break
             last = self._copy()
             if not validations(history):
                 self.best = last  # nobody was asked yet

@@ -282,6 +282,13 @@ def test_early_stopping_ends_a_run_that_does_not_improve():
     assert len(result.history) == 4
 
 
+def test_a_run_that_lost_patience_is_over_when_resumed_and_goes_on_with_more_of_it(tmp_path):
+    impatient = settings(outer_steps=50, meta_lr=0.0, patience=2)
+    ends = [len(train(impatient, out=tmp_path, resume=resume).history) for resume in (False, True, True)]
+    more = train(settings(outer_steps=50, meta_lr=0.0, patience=4), out=tmp_path, resume=True)
+    assert (ends, len(more.history)) == ([4, 4, 4], 8)
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "pretrained" / "recipes").glob("*.toml")), ids=lambda p: p.stem)
 def test_the_recipes_name_what_there_is(path):
     config = MetaTrainConfig.from_file(path)

@@ -22,6 +22,18 @@ def test_parameters_are_called_by_their_names_where_they_have_them():
     assert list(optimizer.diagnostics()) == [name for name, _ in model.named_parameters()]
 
 
+def test_of_parameters_that_share_a_name_none_is_left_out():
+    encoder, decoder = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+    groups = [{"params": list(module.named_parameters())} for module in (encoder, decoder)]
+    groups[1]["params"].append(("other", torch.nn.Parameter(torch.ones(3))))
+    optimizer = LearnedOptimizer(groups)
+    for group in optimizer.param_groups:
+        give_gradients(group["params"], 0)
+    optimizer.step()
+    named = ["weight (0.0)", "bias (0.1)", "weight (1.0)", "bias (1.1)", "other"]
+    assert list(optimizer.diagnostics()) == named
+
+
 def test_parameters_without_names_are_called_by_group_and_index():
     params = leaves((3,), (4, 2), (5,))
     optimizer = make([{"params": params[:2]}, {"params": params[2:], "lr": 0.5}])
@@ -223,7 +235,7 @@ def test_a_history_is_drawn(tmp_path, tensors, steps):
 
 
 def test_an_empty_history_is_refused(tmp_path):
-    for history in ([], [{}]):
+    for history in ([], [{}], {"weight": {"step": 1.0}}):
         with pytest.raises(ValueError, match="nothing to draw"):
             plots.diagnostics(history, tmp_path / "diagnostics.png")
 

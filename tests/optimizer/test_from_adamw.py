@@ -121,9 +121,51 @@ def test_what_is_given_holds_for_all_groups():
     optimizer = from_adamw(adamw, lr=0.003, weight_decay=0.5, betas=(0.7, 0.8), eps=0.1, state_dtype=torch.bfloat16)
     for group in optimizer.param_groups:
         assert [group[k] for k in ("lr", "weight_decay", "betas", "eps")] == [0.003, 0.5, (0.7, 0.8), 0.1]
-        assert "initial_lr" not in group
+        assert group["initial_lr"] == 0.003
     state = optimizer.state[optimizer.param_groups[0]["params"][0]]
     assert (state["exp_avg"].dtype, state["exp_avg_sq"].dtype) == (torch.bfloat16, torch.float32)
+
+
+SCHEDULES = {
+    "lambda": lambda opt, last: torch.optim.lr_scheduler.LambdaLR(opt, lambda step: 1.0 / (1 + step), last),
+    "steps": lambda opt, last: torch.optim.lr_scheduler.StepLR(opt, 5, 0.5, last),
+    "one cycle": lambda opt, last: torch.optim.lr_scheduler.OneCycleLR(
+        opt, 0.1, 40, cycle_momentum=False, last_epoch=last
+    ),
+}
+
+
+def goes_on(schedule, **options):
+    """Learning rates of five steps, of AdamW and of the optimizer that goes on from it after nine."""
+    _, adamw = under_way()
+    theirs = SCHEDULES[schedule](adamw, -1)
+    for _ in range(9):
+        adamw.step()
+        theirs.step()
+    optimizer = from_adamw(adamw, **options)
+    ours = SCHEDULES[schedule](optimizer, theirs.last_epoch - 1)
+    rates: tuple[list[float], list[float]] = ([], [])
+    for _ in range(5):
+        for some, opt, plan in zip(rates, (adamw, optimizer), (theirs, ours), strict=True):
+            some.append(float(opt.param_groups[0]["lr"]))
+            opt.step()
+            plan.step()
+    return rates
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_goes_on_as_the_document_says(schedule):
+    theirs, ours = goes_on(schedule)
+    assert ours == pytest.approx(theirs)
+
+
+@pytest.mark.parametrize("kind", [float, torch.tensor])
+@pytest.mark.parametrize(
+    ("schedule", "factors"), [("lambda", [1 / t for t in range(10, 15)]), ("steps", [1, *[0.5] * 4])]
+)
+def test_a_schedule_goes_on_from_a_rate_that_is_given(schedule, factors, kind):
+    _, ours = goes_on(schedule, lr=kind(0.003))
+    assert ours == pytest.approx([0.003 * factor for factor in factors])
 
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.5, 0.9)])

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.two_tensor import TwoTensor
 
 from helpers.optimizer_checks import through_a_file
 from helpers.reference import ReferenceTensor
@@ -130,6 +132,36 @@ def test_a_parameter_without_numbers_is_refused(backend):
     with pytest.raises(RuntimeError, match=r"'0\.0' is on the meta device.*Nothing was changed.*to_empty"):
         optimizer.step()
     assert not optimizer.state
+
+
+@pytest.mark.parametrize("backend", ["eager", "auto"])
+@pytest.mark.parametrize(
+    ("p", "message"),
+    [
+        (TwoTensor(torch.ones(4, 3), torch.ones(4, 3)), r"is a TwoTensor.*Nothing was changed.*plain tensors"),
+        (torch.ones(4, 3, dtype=torch.cfloat).mH, r"conjugates or negates.*Nothing was changed.*resolve_conj"),
+        (torch.ones(4, 3, dtype=torch.cfloat).conj().imag, r"conjugates or negates.*Nothing was changed"),
+    ],
+    ids=["wrapper", "conjugate", "negative"],
+)
+def test_a_parameter_that_is_not_what_lies_in_its_memory_is_refused(p, message, backend):
+    p = torch.nn.Parameter(p)
+    before = p.detach().clone()
+    optimizer = make([p], backend=backend)
+    p.grad = torch.ones_like(p)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert not optimizer.state
+    assert torch.equal(before, p.detach())
+
+
+def test_fake_tensors_are_refused_in_words():
+    with FakeTensorMode():
+        p = torch.nn.Parameter(torch.ones(4, 3))
+        p.grad = torch.ones(4, 3)
+    optimizer = make([p], backend="eager")
+    with pytest.raises(RuntimeError, match=r"is a FakeTensor.*Nothing was changed"):
+        optimizer.step()
 
 
 def test_a_parameter_that_is_expanded_is_refused():
