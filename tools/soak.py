@@ -33,7 +33,7 @@ import torch
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
 
 ROOT = Path(__file__).parent.parent
-SLOW_TESTS = ("tests/faults", "tests/optimizer/test_life.py", "tests/policy/test_hub_damage.py")
+SLOW_TESTS = ("--ignore=tests/clients", "tests")
 BLOCK = 500  #: steps between two looks at memory and step time
 MEMORY_LIMIT, TIME_LIMIT = 0.01, 0.10  #: growth after the warm-up
 RATES = (0.0, 1e-5, 1e-3, 3e-3)

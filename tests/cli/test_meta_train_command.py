@@ -166,7 +166,8 @@ def test_a_signal_before_the_first_outer_step_ends_the_command_at_once(
     ctrl_c = signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored where the tests run in the background
     with monkeypatch.context() as patch:
         patch.setattr("learned_optim.meta_train.outer_loop.validate", lambda *_: signal.raise_signal(number))
-        arguments = ("--out", tmp_path / "run", "--validate-every", 2, "--validation-tasks", "tiny_mlp")
+        arguments = ("--out", tmp_path / "run", "--tasks", "tiny_mlp", "--validate-every", 2)
+        arguments += ("--validation-tasks", "tiny_mlp", "--validation-length", 5)
         assert meta_train(*arguments, "--outer-steps", 2) == status
     assert "stopped by a signal before anything was saved; begin again with --resume" in capsys.readouterr().out
     signal.signal(signal.SIGINT, ctrl_c)

@@ -361,7 +361,7 @@ def test_a_failed_compilation_is_said_once_and_the_step_is_made_all_the_same(whe
 
 
 @needs_compiler
-@pytest.mark.parametrize("safeguard", [False, True])
+@pytest.mark.parametrize("safeguard", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_a_compiled_head_does_the_same_for_any_number_of_tensors_and_is_made_once(safeguard):
     counts = []
     for shapes in (SHAPES, [(3, 5)] * 70, SHAPES[4:]):

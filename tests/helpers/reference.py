@@ -95,8 +95,9 @@ class ReferenceTensor:
         rates = self.rates(context)
 
         update = []
+        rms_b, rms_h, rms_u, rms_p = rms(b), rms(h1), rms(u), rms(p)
         for i in range(n):
-            x = self.features(b[i], rms(b), h1[i], rms(h1), u[i], rms(u), p[i], rms(p))
+            x = self.features(b[i], rms_b, h1[i], rms_h, u[i], rms_u, p[i], rms_p)
             if config.cell == "gated":
                 d = scale * (weight_b * b[i] + weight_u * u[i])
                 for j in range(config.hidden_size):

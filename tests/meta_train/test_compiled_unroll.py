@@ -38,7 +38,11 @@ def meta_gradient(policy, width, compiled, lr=HYPER.lr):
 
 
 @pytest.mark.skipif(find_compiler("cpu") is None, reason="no C++ compiler")
-@pytest.mark.parametrize("config", [PolicyConfig(), PolicyConfig(orthogonal=0.7)], ids=["gated", "orthogonal"])
+@pytest.mark.parametrize(
+    "config",
+    [pytest.param(PolicyConfig(), marks=pytest.mark.slow), PolicyConfig(orthogonal=0.7)],
+    ids=["gated", "orthogonal"],
+)
 def test_the_compiled_unroll_is_the_eager_one_and_is_compiled_once(config):
     policy = Policy(config)
     with torch.no_grad():

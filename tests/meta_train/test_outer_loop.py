@@ -69,6 +69,7 @@ def run_in_child(config, out):
     return child
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_twenty_sigkills_at_random_moments_change_nothing(tmp_path):
     config = settings(outer_steps=12, save_every=1, validate_every=4)

@@ -153,7 +153,7 @@ def test_a_module_that_is_not_installed_is_found_out_first(tasks, tmp_path, monk
 
     data_optional.table.cache_clear()
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    config = settings(tasks=tasks, validation_tasks=("table_classification",), outer_steps=1)
+    config = settings(tasks=tasks, validation_tasks=("table_classification",), outer_steps=1, validation_length=5)
     with pytest.raises(ImportError, match=r"task 'table_\w+' cannot be used: this task needs sklearn.datasets: pip"):
         meta_train(config, out=tmp_path / "run", show_progress=False)
     assert not (tmp_path / "run").exists()

@@ -105,8 +105,14 @@ def test_a_compiled_model_is_trained_as_the_plain_one():
     assert_same_bits(list(model.parameters()), list(plain.parameters()))
 
 
-@pytest.mark.parametrize(("policy", "backend"), [*(("default", b) for b in BACKENDS), ("recurrent", "eager")])
-@pytest.mark.parametrize("rest", [450, 640, 1200])
+@pytest.mark.parametrize(
+    ("policy", "backend", "rest"),
+    [
+        *(("default", b, rest) for b in BACKENDS for rest in (450, 640)),
+        ("default", "auto", 1200),
+        ("recurrent", "eager", 640),
+    ],
+)
 def test_training_goes_on_after_a_rest_with_gradients_of_zero(policy, backend, rest):
     """As of a head whose loss was switched off: the momentum fades until its square is zero in float32."""
     torch.manual_seed(0)

@@ -21,6 +21,7 @@ def test_a_task_of_ones_own_is_compared_on_unseen_seeds(tmp_path: Path) -> None:
     assert (tmp_path / "run" / "best" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_two_tasks_of_ones_own_are_compared_on_unseen_seeds(tmp_path: Path) -> None:
     printed = run_script(
         "examples/meta_train_two_tasks.py", "--outer-steps", 1, "--seeds", 1, "--out", "run", cwd=tmp_path
@@ -39,6 +40,7 @@ def test_learned_initial_parameters_beat_the_usual_ones(tmp_path: Path) -> None:
     assert float(times_less[1]) > 1.2
 
 
+@pytest.mark.slow
 def test_the_articles_experiments_print_final_losses_and_draw_curves(tmp_path: Path) -> None:
     printed = run_script("examples/article_experiments.py", "--outer-steps", 1, "--instances", 2, cwd=tmp_path)
     assert printed.count("final loss") == 6

@@ -25,6 +25,7 @@ def gpu(monkeypatch):
     return module
 
 
+@pytest.mark.slow
 def test_every_section_is_measured_and_written(gpu, tmp_path, capfd):
     out = tmp_path / "made" / "gpu.json"
     gpu.main(["--device", "cpu", "--repeats", "1", "--out", str(out)])
