@@ -33,7 +33,10 @@ def without(params: list[ParamState], left_out: list[ParamState]) -> list[ParamS
 
 
 def at_rest(params: list[ParamState], sums: TensorSums) -> list[ParamState]:
-    """Those in their first step whose gradient is zero."""
+    """Those in their first step whose gradient is zero.
+
+    Or so large that its square overflows: as their second moment, that would let them rest for good.
+    """
     first = [i for i, p in enumerate(params) if p.is_first]
     if not first:  # as in almost every step; a GPU's answer would be waited for
         return []
