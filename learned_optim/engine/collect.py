@@ -199,7 +199,7 @@ class Collector:
             for p in itertools.chain.from_iterable(by_group):
                 if (counted := on_host(p.count)) is not None:
                     self._check_counted(p, counted)
-                p.is_first = counted == 0.0
+                p.is_second = counted == 1.0
             for hyper, params in zip(hypers, by_group, strict=True):
                 for indices in indices_by(p.count.device for p in params).values():
                     alike = [params[i] for i in indices]
@@ -221,7 +221,7 @@ class Collector:
                         uncount(counts)
                     self._check_counted(p, step - 1.0)
                     context = by_step[step] = StepContext(step, hyper)
-                p.context, p.is_first = context, step == 1.0
+                p.context, p.is_second = context, step == 2.0
 
     def _check_counted(self, param: ParamState, steps: float) -> None:
         if not steps >= 0.0:

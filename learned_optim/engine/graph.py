@@ -158,8 +158,8 @@ class StepGraph:
             self.forget()
             return self._run_step(backend, params, shards, skip_nonfinite)
         contexts = self._write_rows(params, device)
-        if self._captured is None and (self._seen < WARM_UP or any(p.is_first for p in params)):
-            self._seen += 1  # the host must see whether a tensor whose first step this is has a gradient at all
+        if self._captured is None and (self._seen < WARM_UP or any(p.is_second for p in params)):
+            self._seen += 1  # the host must see whether a tensor whose second step this is ever had a gradient
             return _as_on_host(run_step(backend, params, ()), contexts)
         try:
             captured = self._fitting(capture, backend, params, device)

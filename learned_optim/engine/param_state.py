@@ -110,7 +110,7 @@ class ParamState:
         self.arithmetic = arithmetic_dtype(self.param.dtype)
         self.grad = self.param  # until there is one
         self.context: StepContext
-        self.is_first = False  #: whether this step is its first; steps that a GPU counts are not known here
+        self.is_second = False  #: whether this step is its second; steps that a GPU counts are not known here
         dtypes = tuple(t.dtype for t in state_tensors)
         self.format = format_of(self.param.device, self.param.dtype, self.param.dtype, dtypes)
         self.cached_views: CachedViews | None = None

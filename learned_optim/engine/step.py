@@ -112,7 +112,6 @@ def run_step(
             _run_buckets(backend, buckets, report, skip_nonfinite)
     if skip_nonfinite:
         report.skipped = {p.param_index: p.skipped for p in params if p.skipped is not None}
-    take_back([p for p in params if p.is_first and p.rows is not None and p.numel == 0])
     if report.left_out:
         report.records.append(StepRecord.of_left_out(backend.head.config, report.left_out))
         uncount([p.count for p in report.left_out])

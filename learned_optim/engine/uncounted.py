@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor
 
 from learned_optim.engine.param_state import ParamState, uncount
-from learned_optim.rule.types import TensorSums
+from learned_optim.rule.types import TensorState, TensorSums
+
+_AGE = TensorState._fields.index("age")
 
 
 def suspects(sums: Tensor) -> list[int]:
@@ -33,22 +34,24 @@ def without(params: list[ParamState], left_out: list[ParamState]) -> list[ParamS
 
 
 def at_rest(params: list[ParamState], sums: TensorSums) -> list[ParamState]:
-    """Those in their first step whose gradient is zero.
-
-    Or so large that its square overflows: as their second moment, that would let them rest for good.
-    """
-    first = [i for i, p in enumerate(params) if p.is_first]
-    if not first:  # as in almost every step; a GPU's answer would be waited for
+    """Those in their second step that never had a gradient but zero; their state has been written."""
+    second = [i for i, p in enumerate(params) if p.is_second and p.rows is None]
+    if not second:  # as in almost every step; a GPU's answer would be waited for
         return []
-    return [params[i] for i, u_u in zip(first, sums.u_u[first].tolist(), strict=True) if u_u == 0.0]
+    moved = (sums.u_u + sums.b_b)[second].tolist()  # of gradient and momentum, in all processes
+    still = [params[i] for i, x in zip(second, moved, strict=True) if x == 0.0]
+    return [p for p in still if not bool(p.state_tensors[1].any())]  # squares that overflow divide to zero
 
 
 def take_back(params: list[ParamState]) -> None:
-    """Let a first step without a gradient not count, when all else is done: the first is that with the first gradient.
+    """Let a second step without any gradient so far not count, when all else is done.
 
-    Counted, it would make a tensor old that knows nothing: after a hundred such steps the normalised gradient is ten
-    times as large as it is in a first step, and nothing else in the mixture is.
+    Counted, such steps would make a tensor old that knows nothing: after a hundred of them the normalised gradient is
+    ten times as large as it is in a first step, and nothing else in the mixture is. The first step counts in any case:
+    below an output layer of zeros every tensor rests for one, and the unrolled rule counts for all of them together.
     """
     uncount([p.count for p in params])
-    if state := [tensor for p in params for tensor in (*p.tensor_state, *p.state_tensors)]:
-        torch._foreach_zero_(state)  # pyright: ignore[reportPrivateImportUsage]
+    for p in params:
+        for tensor in (*p.tensor_state, *p.state_tensors):  # trust and a GRU's hidden state move without a gradient
+            tensor.zero_()
+        p.tensor_state[_AGE].fill_(1.0)

@@ -104,7 +104,7 @@ def test_nothing_is_captured_while_a_tensor_has_had_no_gradient_but_zero():
             params[3].grad.zero_()
         optimizer.step()
         assert bool(fake.recorded) == (number > 10)
-    assert [float(optimizer.state[p]["step"]) for p in params] == [20.0, 20.0, 20.0, 10.0, 20.0, 20.0, 20.0]
+    assert [float(optimizer.state[p]["step"]) for p in params] == [20.0, 20.0, 20.0, 11.0, 20.0, 20.0, 20.0]
 
 
 @pytest.mark.parametrize("policy", BOTH)
