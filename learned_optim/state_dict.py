@@ -111,8 +111,7 @@ def checked(
 def restored(keys: StateKeys, p: Any, key: str, value: Any) -> Any:
     """A saved value as an optimizer keeps it: torch itself would have cast it to the parameter's dtype."""
     if key == "step":
-        value = value if isinstance(value, Tensor) else torch.tensor(value, device="cpu")
-        return value.detach().to(torch.float32).to(keys.device_of_step(p), copy=True)
+        return torch.as_tensor(value, dtype=torch.float32, device=keys.device_of_step(p)).detach().clone()
     if not isinstance(value, Tensor) or not isinstance(p, Tensor):
         return value
     if key not in keys.coordinate:

@@ -34,7 +34,7 @@ def without(params: list[ParamState], left_out: list[ParamState]) -> list[ParamS
 
 
 def at_rest(params: list[ParamState], sums: TensorSums) -> list[ParamState]:
-    """Those in their second step that never had a gradient but zero; their state has been written."""
+    """Those in their second step that never had a gradient but zero."""
     second = [i for i, p in enumerate(params) if p.is_second and p.rows is None]
     if not second:  # as in almost every step; a GPU's answer would be waited for
         return []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from learned_optim.bench.plots import bare, new_figure, save
+from learned_optim.bench.plots import bare, legend, new_figure, save
 from learned_optim.bench.scale.figures import Comparison, OfModel, Runs, compare
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
     """
     lines = [line for line in ("text", "images") if any(row.model.line == line for row in rows)] or ["text"]
     rivals = list(dict.fromkeys(r.name for row in rows for r in row.rivals if r.results)) or ["AdamW", "Muon"]
-    colours = dict(zip(dict.fromkeys(o.name for row in rows for o in row.ours), _OURS * 9, strict=False))
+    colours = dict(zip(dict.fromkeys(o.name for row in rows for o in row.ours), cycle(_OURS), strict=False))
     figure = new_figure(4.2 * (len(rivals) + 1), 0.9 + 3.6 * len(lines))
     grid = figure.subplots(len(lines), len(rivals) + 1, squeeze=False)
     for line, (*sizes, curves) in zip(lines, grid, strict=True):
@@ -41,36 +42,32 @@ def draw(rows: Sequence[OfModel], path: Path) -> Path:
         grid[0, 0].plot([], [], "o-", color=colour, label=name)
     grid[0, 0].plot([], [], "o-", color="0.4", label="in steps")
     grid[0, 0].plot([], [], "o:", color="0.4", markerfacecolor="white", label="in time")
-    figure.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+    legend(figure, grid[0, 0], columns=3)
     figure.suptitle("LearnedOptimizer, nothing tuned, against rivals tuned for each model")
     return save(figure, path)
 
 
 def _against_size(axes: Axes, rows: Sequence[OfModel], rival: str, colours: Mapping[str, str]) -> None:
     """Speedups over one rival, to the same held-out loss, against the number of parameters."""
-    missing: list[int] = []
-    unfinished = False
     found: dict[int, dict[str, Comparison]] = {}
     for row in rows:
         its = next((r for r in row.rivals if r.name == rival), None)
         of_model = {ours.name: compare(ours, its) for ours in row.ours} if its is not None else {}
         found[row.model.parameters] = {name: c for name, c in of_model.items() if c is not None}
-        if not found[row.model.parameters]:
-            missing.append(row.model.parameters)
+    missing = [size for size, of_model in found.items() if not of_model]
+    unfinished = any(not c.is_final for of_model in found.values() for c in of_model.values())
     for i, (name, colour) in enumerate(colours.items()):
         apart = 1.06 ** (i - (len(colours) - 1) / 2)  # of one size, side by side
         mine = {apart * size: of_model[name] for size, of_model in found.items() if name in of_model}
         for in_time in (False, True):
-            factors = [1.0 / c.iteration if in_time else 1.0 for c in mine.values()]
-            values = [c.steps * factor for c, factor in zip(mine.values(), factors, strict=True)]
-            spreads = [(c.deviation or 0.0) * factor for c, factor in zip(mine.values(), factors, strict=True)]
             axes.errorbar(
-                list(mine), values, yerr=None if in_time else spreads, color=colour, capsize=2, markersize=5,
-                marker="o", linestyle=":" if in_time else "-", markerfacecolor="white" if in_time else colour,
+                list(mine), [c.time if in_time else c.steps for c in mine.values()],
+                yerr=None if in_time else [c.deviation or 0.0 for c in mine.values()], color=colour, capsize=2,
+                marker="o", markersize=5, linestyle=":" if in_time else "-",
+                markerfacecolor="white" if in_time else colour,
             )  # fmt: skip
         for size, comparison in mine.items():
             if not comparison.is_final:
-                unfinished = True
                 axes.annotate("*", (size, comparison.steps), (4, 1), textcoords="offset points", color=colour)
     axes.plot(missing, [0.03] * len(missing), "x", color="0.6", transform=axes.get_xaxis_transform())
     if missing:
