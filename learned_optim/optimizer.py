@@ -16,7 +16,7 @@ from learned_optim.engine.auto import make_backend
 from learned_optim.engine.collect import Collector, StateKeys, check_added
 from learned_optim.engine.graph import CudaCapture, StepGraph
 from learned_optim.engine.head import StepReport
-from learned_optim.engine.hyperparameters import check_flags, checked_new_group, hyperparameters
+from learned_optim.engine.hyperparameters import FIXED, check_flags, checked_new_group, hyperparameters
 from learned_optim.engine.kinds import KIND_KEYS
 from learned_optim.engine.offload import Offload
 from learned_optim.engine.sharding import find_shards
@@ -132,9 +132,8 @@ class LearnedOptimizer(Optimizer):
         self.policy = as_policy(policy, revision)
         if safeguard and not CELLS[self.policy.config.cell].is_mixture:
             raise ValueError(f"safeguard=True needs a gated cell, the policy's is {self.policy.config.cell!r}")
-        self.safeguard, self.skip_nonfinite = safeguard, skip_nonfinite
-        self.capturable, self.offload, self.state_dtype = capturable, offload, state_dtype
-        self._backend_name = backend
+        self.safeguard, self.skip_nonfinite, self.capturable = safeguard, skip_nonfinite, capturable
+        self.offload, self.state_dtype, self._backend_name = offload, state_dtype, backend
         self._make_engine()
         defaults: dict[str, Any] = {
             "lr": lr,
@@ -187,6 +186,11 @@ class LearnedOptimizer(Optimizer):
         new = cls(groups, **{**defaults, **options})
         new.state.update(state_of_adamw(adamw, new.param_groups, new._keys))
         return new
+
+    def __setattr__(self, name: str, value: Any, /) -> None:
+        if name in FIXED and name in self.__dict__:
+            raise AttributeError(f"{name} is fixed when the optimizer is made; make a new one with {name}={value!r}")
+        super().__setattr__(name, value)
 
     @property
     def backend(self) -> str:
@@ -248,9 +252,6 @@ class LearnedOptimizer(Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; what it leaves out, or gives as ``None`` for ``betas`` and ``eps``, takes the defaults."""
         if isinstance(param_group, dict):
-            for name in ("betas", "eps"):
-                if name in param_group and param_group[name] is None:
-                    param_group = {**param_group, name: self.defaults[name]}
             param_group = checked_new_group(param_group, self.defaults, KIND_KEYS)
         super().add_param_group(param_group)
         check_added(self.param_groups)
@@ -300,8 +301,7 @@ class LearnedOptimizer(Optimizer):
         self._report = StepReport()  # of the last step
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("policy", "state_dtype", "safeguard", "skip_nonfinite", "capturable", "offload", "_backend_name")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in (*FIXED, "_backend_name")}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         for p, values in state["state"].items():

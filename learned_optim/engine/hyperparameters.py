@@ -17,6 +17,8 @@ T = TypeVar("T")
 
 #: Keys of a parameter group without which there is no step, but for ``maximize``, which old states lack.
 GROUP_KEYS = ("lr", "betas", "eps", "weight_decay")
+#: Attributes of the optimizer that state and engine are made for.
+FIXED = ("policy", "state_dtype", "safeguard", "skip_nonfinite", "capturable", "offload")
 #: Types of most values; bool is neither.
 _PLAIN = frozenset((float, int))
 
@@ -80,7 +82,7 @@ def each_group(look: Callable[[Mapping[str, Any]], T], groups: Iterable[Mapping[
 
 
 def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any], others: Sequence[str]) -> dict[str, Any]:
-    """A group as it is added: a policy that it names is the optimizer's, in the optimizer's words.
+    """A group as it is added: ``None`` is the default, and the policy is named in the optimizer's words.
 
     ``ZeroRedundancyOptimizer`` writes all arguments of the constructor into the groups, the policy as it was given.
 
@@ -93,6 +95,8 @@ def checked_new_group(group: dict[str, Any], defaults: Mapping[str, Any], others
         TypeError, ValueError: those of :func:`hyperparameters`; or the group asks for a policy of its own, whose name
             would only end up in checkpoints, which could not be loaded then.
     """
+    unset = {name: defaults[name] for name in ("betas", "eps") if group.get(name, ...) is None}
+    group = {**group, **unset}
     hyperparameters({**defaults, **group})
     _warn_of_misspelt_keys(group, [*defaults, *others])
     if "policy" not in group:

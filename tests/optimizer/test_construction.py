@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import subprocess
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from helpers.support import POLICIES, leaves, make, random_policy, snapshot
 from learned_optim import LearnedOptimizer, Policy, PolicyConfig
+from learned_optim.engine.hyperparameters import FIXED
 
 
 def test_the_signature_is_the_documented_one():
@@ -338,3 +340,19 @@ def test_a_group_may_name_the_policy_that_the_optimizer_runs(kind, tmp_path):
     assert [group["policy"] for group in optimizer.param_groups] == [ours, ours]
     with pytest.raises(ValueError, match="asks for policy 'default'"):
         optimizer.add_param_group({"params": leaves((2,)), "policy": "default"})
+
+
+@pytest.mark.parametrize("option", FIXED)
+def test_what_the_state_was_made_for_cannot_be_changed_later(option):
+    """It would have no effect, or fail in a later step for want of state."""
+    optimizer = LearnedOptimizer(leaves((3,)))
+    for other in (optimizer, copy.deepcopy(optimizer)):
+        before = getattr(other, option)
+        with pytest.raises(AttributeError, match=f"{option} is fixed .* make a new one with {option}=True"):
+            setattr(other, option, True)
+        assert getattr(other, option) is before
+
+
+def test_every_option_beside_the_groups_is_fixed():
+    accepted, in_groups = inspect.signature(LearnedOptimizer).parameters, LearnedOptimizer(leaves((3,))).defaults
+    assert {*FIXED} == {"policy", *accepted} - ({"params", "revision", "backend", *in_groups} - {"policy"})
