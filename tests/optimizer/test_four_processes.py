@@ -117,3 +117,31 @@ def test_experts_that_fsdp2_cuts_once_more_are_those_of_one_process(ranks, dim, 
         assert_same_bits(first[0], other[0])
     matrices = [4 * sum(sent)] if sent else []
     assert first[1] == [SUMS * 4 * len(EXPERTS), *matrices] * STEPS
+
+
+def late(rank, zeros):
+    """Rows in four processes, or in one, whose gradient is zero for some steps, then in all processes but the last."""
+    whole = leaves((8, 6), (5, 4))
+    params = whole
+    if rank is not None:
+        mesh = init_device_mesh("cpu", (4,))
+        params = [nn.Parameter(distribute_tensor(p.detach(), mesh, [Shard(0)])) for p in whole]
+    optimizer = LearnedOptimizer(params, policy=random_policy(POLICY), lr=0.05, backend="eager")
+    for step in range(zeros + 4):
+        give_gradients(whole, step)
+        if step <= zeros:
+            whole[0].grad[: 6 if step == zeros else 8] = 0.0
+        for p, q in zip(params, whole, strict=True):
+            p.grad = q.grad if rank is None else distribute_tensor(q.grad, p.device_mesh, p.placements)
+        optimizer.step()
+    counts = [optimizer.state[p]["step"].item() for p in params]
+    return [p.detach() if rank is None else p.detach().full_tensor() for p in params], counts
+
+
+@pytest.mark.parametrize("zeros", [1, 3])
+def test_steps_before_the_first_gradient_in_any_process_do_not_count_in_all(ranks, zeros):
+    expected, counts = late(None, zeros)
+    assert counts == [5.0, zeros + 4.0]  # the first counts, and four that have a gradient
+    for params, found in ranks(late, zeros):
+        torch.testing.assert_close(params, expected, rtol=2e-5, atol=2e-6)
+        assert found == counts
