@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from learned_optim.engine.collect import name_of, parts_of
 from learned_optim.engine.head import StepRecord, StepReport
@@ -25,6 +26,10 @@ def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str
     for g, group in enumerate(groups):
         kind = TensorKind.of(group)
         for i, p in enumerate(group["params"]):
+            decay = f"{float(group['weight_decay']):g}"
+            if is_lazy(p):
+                rows.append((name_of(groups, (g, i)), "not yet", "unknown, has no shape yet", "no", decay))
+                continue
             parts = parts_of(groups, (g, i), kind, p)
             shape = parts[0].shape
             seen = ShapeContext.of(shape)
@@ -37,8 +42,7 @@ def summary_of(config: PolicyConfig, groups: Sequence[Mapping[str, Any]]) -> str
                 taken += ", stored transposed"
             matrices = [config.orthogonalization.matrix_shape(part.shape, kind.role) for part in parts]
             sizes = {_times(size): None for size in matrices if size}
-            decay = float(group["weight_decay"])
-            rows.append((name_of(groups, (g, i)), _times(p.shape), taken, ", ".join(sizes) or "no", f"{decay:g}"))
+            rows.append((name_of(groups, (g, i)), _times(p.shape), taken, ", ".join(sizes) or "no", decay))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(n) for cell, n in zip(row, widths, strict=True)).rstrip() for row in rows)
 

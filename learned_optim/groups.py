@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from learned_optim.engine.kinds import KIND_KEYS
 from learned_optim.rule.layouts import EMBEDDING_ASPECT
@@ -26,6 +27,8 @@ _BY_HEAD: dict[str, tuple[str, ...]] = {
 _HEAD_WIDTHS = ("head_dim", "head_size", "attention_head_size", "hidden_size_per_attention_head")
 #: Gates that lie below each other in the weights of recurrent layers.
 _GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+#: Names of what is stored of a weight: as it is, pruned, or in one of torch's parametrizations, of direction and size.
+_STORED = ("weight", "weight_orig", "weight_v")
 _NORMS = (nn.LayerNorm, nn.GroupNorm, nn.modules.batchnorm._NormBase, nn.RMSNorm)
 #: In names of parameters that a module of unknown type owns.
 _EMBEDDINGS = ("embed", "pos_", "position", "token")
@@ -125,11 +128,39 @@ def _uses(model: nn.Module) -> dict[Tensor, list[_Use]]:
     modules = dict(model.named_modules(remove_duplicate=False))
     uses: dict[Tensor, list[_Use]] = {}
     for path, module in modules.items():
+        if isinstance(module, parametrize.ParametrizationList):
+            continue  # what it stores is its owner's
         above, _, last = path.rpartition(".")
         parent = modules[above] if path else None
-        for name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+        for name, p in _stored(module):
             uses.setdefault(p, []).append(_Use(module, parent, last, name, p))
     return uses
+
+
+def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Parameters that a module owns, parametrized ones under the names that they had before ``parametrize`` was there.
+
+    None is asked for by its name: to read a parametrized weight is to compute it, which may change buffers.
+    """
+    yield from module.named_parameters(recurse=False, remove_duplicate=False)
+    made_of = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
+    for name, parts in made_of.items() if isinstance(made_of, nn.ModuleDict) else ():
+        halves = {"original0": f"{name}_g", "original1": f"{name}_v"} if _is_weight_norm(parts) else {}
+        for part, p in parts.named_parameters(recurse=False, remove_duplicate=False):
+            yield halves.get(part, name), p
+
+
+def _is_weight_norm(parts: nn.Module) -> bool:
+    return [type(part).__name__ for part in parts.children()] == ["_WeightNorm"]
+
+
+def _weight(module: nn.Module) -> Tensor | None:
+    """What is stored of a layer's weight, or what sharding has put in its place."""
+    stored = dict(_stored(module))
+    found = next((stored[name] for name in _STORED if name in stored), None)
+    if found is None and not parametrize.is_parametrized(module, "weight"):
+        found = getattr(module, "weight", None)
+    return found if isinstance(found, Tensor) else None
 
 
 def _heads(model: nn.Module) -> set[Tensor]:
@@ -139,10 +170,11 @@ def _heads(model: nn.Module) -> set[Tensor]:
     last: Tensor | None = None
     count: dict[torch.Size, int] = {}
     for module in model.modules():
-        if isinstance(module, nn.Embedding):
-            shapes.add(module.weight.shape)
-        elif _is_linear(module):
-            last = module.weight
+        weight = _weight(module) if isinstance(module, nn.Embedding | nn.Linear) else None
+        if isinstance(module, nn.Embedding) and weight is not None:
+            shapes.add(weight.shape)
+        elif weight is not None and weight.ndim == 2:
+            last = weight
             count[last.shape] = count.get(last.shape, 0) + 1
         outputs = getattr(module, "get_output_embeddings", None)
         head = None
@@ -160,7 +192,7 @@ def _heads(model: nn.Module) -> set[Tensor]:
 def _of_parameter(uses: list[_Use], heads: set[Tensor]) -> Keys:
     """The keys of a parameter."""
     p = uses[0].p
-    if getattr(p, "_no_weight_decay", False):
+    if getattr(p, "_no_weight_decay", False) or any(_is_magnitude(use) for use in uses):
         return {"role": "vector"}
     if any(isinstance(use.module, nn.Embedding | nn.EmbeddingBag) for use in uses):
         return {"role": "embedding"}
@@ -175,6 +207,12 @@ def _of_parameter(uses: list[_Use], heads: set[Tensor]) -> Keys:
     if "bias" in use.name or p.ndim - keys.get("stacked", 0) <= 1:
         keys["role"] = "vector"
     return keys
+
+
+def _is_magnitude(use: _Use) -> bool:
+    """Whether it holds the lengths of a weight's rows, of which another one holds the directions."""
+    name, found, _ = use.name.rpartition("_g")
+    return bool(found) and any(other == f"{name}_v" for other, _ in _stored(use.module))
 
 
 def _recurrent(use: _Use) -> Keys | None:
@@ -209,9 +247,9 @@ def _linear(use: _Use) -> Keys | None:
     if isinstance(module, nn.Bilinear):
         return {"role": "matrix"}
     transposed = type(module).__name__ == "Conv1D" and hasattr(module, "nf")
-    if not _is_linear(module) and not transposed:
+    weight = _weight(module) if transposed or isinstance(module, nn.Linear) else None
+    if weight is None or weight.ndim != 2:  # sharding flattens it, subclasses stack several
         return None
-    weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
     outputs, inputs = weight.shape[::-1] if transposed else weight.shape
     split = _split(use, outputs, inputs)
     return {
@@ -219,11 +257,6 @@ def _linear(use: _Use) -> Keys | None:
         **({"split": split} if split else {}),
         **({"transposed": True} if transposed and use.p.ndim == 2 else {}),
     }
-
-
-def _is_linear(module: nn.Module) -> TypeGuard[nn.Linear]:
-    """Whether it has the weight of a linear layer: sharding flattens it, subclasses stack several."""
-    return isinstance(module, nn.Linear) and isinstance(module.weight, Tensor) and module.weight.ndim == 2
 
 
 def _split(use: _Use, outputs: int, inputs: int) -> int | tuple[int, ...] | None:

@@ -76,6 +76,8 @@ class AutoBackend:
         if device != "cpu" and size < WORTH_COMPILING:
             return False, f", compiled from {WORTH_COMPILING:,}"
         if find_compiler(device) is None:
+            if device in _MISSING:
+                _warn_once(_MISSING[device])
             return False, f"; no compiler for {device}"
         return True, ""
 
@@ -105,6 +107,10 @@ class AutoBackend:
         self._compile = dict.fromkeys(self._compile, False)
         self._reasons = {f"eager (compilation failed: {error})": None}
         _warn_once(str(error))
+
+
+#: What would help where there is no compiler; for other devices, none is needed.
+_MISSING = {"cpu": "no C++ compiler: install g++ or clang++, or set CXX", "cuda": "no Triton: install triton"}
 
 
 def _key(form: Format) -> tuple[str, torch.dtype]:

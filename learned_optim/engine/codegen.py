@@ -9,6 +9,7 @@ Triton each variable is a block of coordinates.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 #: Arrays of expressions, shaped like the tensors that they stand for.
 Names = NDArray[np.object_]
+_TRACING = threading.Lock()  #: torch's tracing is of the whole process
 
 #: Two-byte floats are computed in float32, and rounded where they are stored.
 CPP_TYPES = {
@@ -162,7 +164,7 @@ def generate(
     from torch.fx.experimental.proxy_tensor import make_fx  # a second, where nothing has to be compiled
     from torch.fx.node import map_arg
 
-    with torch.no_grad():
+    with _TRACING, torch.no_grad():
         module = make_fx(function)(*examples)
     module.graph.eliminate_dead_code()
     statements = _Statements(prefix, language)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from learned_optim.engine.device_scalars import contexts_on_gpu
 from learned_optim.engine.hyperparameters import StepContext, of_groups, on_host
@@ -300,7 +301,7 @@ def parts_of(groups: Groups, place: tuple[int, int], kind: TensorKind, p: Tensor
 
 
 def check_added(groups: list[dict[str, Any]]) -> None:
-    """Take the last group out again if its tensors cannot be what it says.
+    """Take the last group out again if its tensors cannot be what it says; those without a shape say it in a step.
 
     Raises:
         TypeError, ValueError: those of :class:`TensorKind`.
@@ -308,5 +309,6 @@ def check_added(groups: list[dict[str, Any]]) -> None:
     group = groups.pop()
     kind = TensorKind.of(group)
     for i, p in enumerate(group["params"]):
-        parts_of([*groups, group], (len(groups), i), kind, p)
+        if not is_lazy(p):
+            parts_of([*groups, group], (len(groups), i), kind, p)
     groups.append(group)

@@ -15,6 +15,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+import threading
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import cache
@@ -43,6 +44,8 @@ _FLAGS = (
     "-fPIC", "-w",
 )  # fmt: skip
 
+_ONE_AT_A_TIME = threading.Lock()
+
 
 class Kind(NamedTuple):
     """What a library is specialised to."""
@@ -59,7 +62,8 @@ class Kind(NamedTuple):
 def library(kind: Kind) -> ctypes.CDLL | CompilationError:
     """The library, compiled or loaded on the first call in a process; what went wrong is not tried again."""
     try:
-        loaded = _loaded(kind)
+        with _ONE_AT_A_TIME:  # another thread's library is on disk by then
+            loaded = _loaded(kind)
         for name, arguments in _ARGUMENTS.items():
             if hasattr(loaded, name):
                 getattr(loaded, name).argtypes = arguments

@@ -663,12 +663,16 @@ class TestAuto:
         run(optimizer, params, 1)
         assert optimizer.backend == "eager (10,000 parameters; only the gated cell is compiled)"
 
-    def test_without_a_compiler_it_is_eager_and_silent(self, monkeypatch):
+    def test_without_a_compiler_it_is_eager_and_says_once_what_to_install(self, monkeypatch):
         monkeypatch.setenv("PATH", "")
         monkeypatch.delenv("CXX", raising=False)
-        params, plain = leaves((100, 100)), leaves((100, 100))
+        auto._warn_once.cache_clear()
+        params, plain, more = leaves((100, 100)), leaves((100, 100)), leaves((100, 100))
         optimizer = LearnedOptimizer(params, policy=POLICIES["random"])
-        run(optimizer, params, 1)
+        with pytest.warns(RuntimeWarning, match=r"slower: no C\+\+ compiler: install g\+\+ or clang") as caught:
+            run(optimizer, params, 1)
+        assert len(caught) == 1
+        run(LearnedOptimizer(more, policy=POLICIES["random"]), more, 1)  # where warnings are errors
         run(make(plain), plain, 1)
         assert optimizer.backend == "eager (10,000 parameters; no compiler for cpu)"
         assert_same_bits(params, plain)

@@ -8,7 +8,9 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -142,6 +144,19 @@ def test_a_kernel_is_compiled_once_and_found_again(nothing_compiled, monkeypatch
     monkeypatch.setattr(native_library, "_compile", lambda *args: pytest.fail("compiled again"))
     assert_same_bits(steps()[0], first)
     assert list(nothing_compiled.iterdir()) == [kernel]
+
+
+def test_threads_that_make_their_first_step_together_are_all_compiled(nothing_compiled):
+    """Tracing is of the whole process: two at once disturb each other."""
+    both = threading.Barrier(2)
+
+    def train(_):
+        both.wait()
+        return steps("auto")
+
+    with ThreadPoolExecutor(2) as pool:
+        for params, backend in pool.map(train, range(2)):
+            assert_compiled(params, backend)
 
 
 @pytest.mark.parametrize("damage", [b"", bytes(4096), b"#!/bin/sh\n"], ids=["empty", "zeros", "text"])

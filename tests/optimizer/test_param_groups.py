@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 
 from helpers.param_groups import KEYS, taken
 from helpers.support import assert_same_bits, copies, run
@@ -191,6 +193,25 @@ def test_what_is_no_model_and_what_has_no_shape_yet_is_refused():
         param_groups(nn.LazyLinear(3))
 
 
+def test_layers_may_get_their_shape_after_the_optimizer_is_made():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Tanh(), nn.LazyLinear(1, bias=False))
+    optimizer = LearnedOptimizer(model.named_parameters())
+    assert optimizer.summary().splitlines()[1:] == [
+        "0.weight   not yet  unknown, has no shape yet  no              0.01",
+        "0.bias     not yet  unknown, has no shape yet  no              0.01",
+        "2.weight   not yet  unknown, has no shape yet  no              0.01",
+    ]
+    optimizer.step()  # as nothing has a gradient
+    model(torch.randn(2, 8)).sum().backward()
+    params, plain = list(model.parameters()), copies(model.parameters())
+    for p, q in zip(params, plain, strict=True):
+        q.grad = p.grad.clone()
+    optimizer.step()
+    LearnedOptimizer(plain).step()
+    assert_same_bits(params, plain)
+    assert optimizer.summary().splitlines()[1].startswith("0.weight   4×8    matrix")
+
+
 @pytest.mark.parametrize("overrides", [{"weight": 3}, {"weight": {"params": []}}, [("weight", {})]], ids=str)
 def test_overrides_that_are_none_are_refused(overrides):
     with pytest.raises(TypeError, match="Invalid overrides"):
@@ -348,3 +369,42 @@ def test_a_misspelt_key_is_warned_of(key, meant):
 
 def test_keys_of_others_are_left_alone():
     LearnedOptimizer([{"params": [nn.Parameter(torch.zeros(4, 4))], "name": "a", "lr_scale": 0.5, "initial_lr": 1.0}])
+
+
+def _parametrized() -> nn.ModuleDict:
+    layers = {
+        "embed": weight_norm(nn.Embedding(300, 16)),
+        "qkv": spectral_norm(nn.Linear(16, 48)),
+        "up": weight_norm(nn.ConvTranspose2d(4, 6, 3)),
+        "lstm": weight_norm(nn.LSTM(16, 8), "weight_hh_l0"),
+        "c_attn": prune.l1_unstructured(nn.Linear(16, 48), "weight", 0.5),
+        "old": nn.utils.spectral_norm(nn.Linear(8, 8)),
+    }
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        layers["older"] = nn.utils.weight_norm(nn.Linear(8, 8))
+    return nn.ModuleDict({**layers, "head": weight_norm(nn.Linear(16, 300))})  # last, as a head is
+
+
+def test_parametrized_layers_are_what_they_were_and_nothing_is_computed_to_see_it():
+    model = _parametrized()
+    before = [buffer.clone() for buffer in model.buffers()]
+    roles = {
+        name: (group.get("role"), group.get("split"), group.get("transposed"), group["weight_decay"])
+        for group in param_groups(model) for name, _ in group["params"]
+    }  # fmt: skip
+    assert_same_bits(list(model.buffers()), before)  # spectral norms iterate when their weight is read
+    new, magnitude = "parametrizations.weight.original", ("vector", None, None, 0.0)
+    assert {name: role for name, role in roles.items() if "bias" not in name} == {
+        f"embed.{new}1": ("embedding", None, None, 0.01),
+        f"qkv.{new}": ("matrix", 3, None, 0.01),
+        f"up.{new}1": ("conv", None, True, 0.01),
+        "lstm.weight_ih_l0": ("matrix", 4, None, 0.01),
+        "lstm.parametrizations.weight_hh_l0.original1": ("matrix", 4, None, 0.01),
+        "c_attn.weight_orig": ("matrix", 3, None, 0.01),
+        "old.weight_orig": ("matrix", None, None, 0.01),
+        f"head.{new}1": ("head", None, None, 0.01),
+        "older.weight_v": ("matrix", None, None, 0.01),
+        **{f"{name}.{new}0": magnitude for name in ("embed", "up", "head")},
+        "lstm.parametrizations.weight_hh_l0.original0": magnitude,
+        "older.weight_g": magnitude,
+    }
