@@ -315,9 +315,9 @@ def _portable(word: str) -> str:
 
 def run(command: Any) -> None:
     """Run ``learned-optim bench``."""
+    from learned_optim.policy.files import file_in_the_way
+
     config, out = config_of(command), command.out or Path("bench") / command.suite
-    for path in (out, *out.parents):  # before the hours
-        if path.exists() and not path.is_dir():
-            what = f"results are written into the folder {out}, but {path} is a file"
-            raise UsageError(f"bench: {what}: give --out a folder")
+    if (file := file_in_the_way(out)) is not None:  # before the hours
+        raise UsageError(f"bench: results are written into the folder {out}, but {file} is a file: give --out a folder")
     SUITES[command.suite].run(config, out, command_line(command))

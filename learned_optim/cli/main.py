@@ -1,7 +1,8 @@
 """The command ``learned-optim``: which subcommands there are, and how their errors are said.
 
 A subcommand is a dataclass, whose fields are its arguments (see tyro), and a function that takes it; :data:`COMMANDS`
-names both. Neither is imported before the subcommand is chosen, and the dataclass belongs into a module without torch,
+names both. Where the dataclass has a method ``defaults``, what it returns of an instance is what arguments that are not
+given are. Neither is imported before the subcommand is chosen, and the dataclass belongs into a module without torch,
 so that no ``--help`` waits for it. The function prints its result and returns its exit status (or nothing: 0); its
 errors are exceptions.
 
@@ -130,10 +131,10 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
     """An instance of ``config`` from the arguments; ``None`` after help was printed."""
     import tyro
 
-    def parse(args: list[str]) -> tuple[Any, list[str]]:
+    def parse(args: list[str], **default: Any) -> tuple[Any, list[str]]:
         return tyro.cli(
             config, args=args, prog=f"{PROGRAM} {name}", return_unknown_args=True,
-            config=(tyro.conf.FlagCreatePairsOff,),
+            config=(tyro.conf.FlagCreatePairsOff,), **default,
         )  # fmt: skip
 
     complaint = io.StringIO()
@@ -149,7 +150,8 @@ def _parse(config: type[Any], name: str, arguments: list[str]) -> Any:
         if not unknown:
             raise UsageError(f"{name}: {_in_words(sentence)}; see `{PROGRAM} {name} --help`") from exit
     if not unknown:
-        return parsed
+        defaults = getattr(parsed, "defaults", lambda: None)()
+        return parsed if defaults is None else parse(arguments, default=defaults)[0]
     flag = next((argument for argument in unknown if argument.startswith("-")), None)
     if flag is None:
         raise UsageError(f"{name}: one argument too many, {unknown[0]!r}; see `{PROGRAM} {name} --help`")

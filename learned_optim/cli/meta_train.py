@@ -22,7 +22,8 @@ _DOC, _ARGS = (MetaTrainConfig.__doc__ or "").split("    Args:\n")
 _OWN_ARGS = """    Args:
         out: folder for checkpoints, metrics and the resulting policies.
         resume: continue the run that is in the folder; where there is none yet, begin it.
-        settings: TOML or JSON file of settings; options given here besides win over it, unless they are the defaults.
+        settings: TOML or JSON file of settings; options given here besides win over it. With ``--resume`` the run's own
+            ``config.toml`` if not given.
 """
 
 
@@ -41,12 +42,26 @@ def _fields() -> list[Any]:
     return own
 
 
+def _defaults(command: Any) -> Any:
+    """The command with the settings of the file that it names, or of the run that it resumes: what is not given here.
+
+    Raises:
+        FileNotFoundError, ValueError: that file is none.
+    """
+    own = command.out / "config.toml" if command.resume else None
+    file = command.settings or (own if own is not None and own.is_file() else None)
+    return None if file is None else dataclasses.replace(command, **dataclasses.asdict(MetaTrainConfig.from_file(file)))
+
+
 #: :class:`MetaTrainConfig` with the folder to work in.
 MetaTrain = dataclasses.make_dataclass(
     "MetaTrain",
     _fields(),
     frozen=True,
-    namespace={"__doc__": "Meta-train a policy: make an update rule of your own.\n\n" + _OWN_ARGS + _ARGS},
+    namespace={
+        "__doc__": "Meta-train a policy: make an update rule of your own.\n\n" + _OWN_ARGS + _ARGS,
+        "defaults": _defaults,
+    },
 )
 
 
@@ -68,14 +83,9 @@ def settings_of(command: Any) -> MetaTrainConfig:
     """
     given = {field.name: getattr(command, field.name) for field in dataclasses.fields(MetaTrainConfig)}
     try:
-        config = MetaTrainConfig(**given)
+        return MetaTrainConfig(**given)
     except ValueError as error:
         raise UsageError(f"meta-train: {with_flags(str(error))}") from error
-    if command.settings is None:
-        return config
-    defaults = MetaTrainConfig().to_dict()
-    changed = {name: value for name, value in config.to_dict().items() if value != defaults[name]}
-    return MetaTrainConfig.from_dict({**MetaTrainConfig.from_file(command.settings).to_dict(), **changed})
 
 
 class _Terminated(BaseException):

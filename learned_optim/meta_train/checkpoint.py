@@ -22,12 +22,28 @@ from typing import Any
 import torch
 
 from learned_optim.meta_train.config import MetaTrainConfig
-from learned_optim.policy.files import TEMPORARY, naming, temporary_path, write_atomically
+from learned_optim.policy.files import TEMPORARY, file_in_the_way, naming, temporary_path, write_atomically
 
 #: Of what a checkpoint holds; others are refused.
 FORMAT = 4
 CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
 METRICS, CONFIG = "metrics.jsonl", "config.toml"
+
+
+def check_folder(path: str | Path, resume: bool) -> None:
+    """What a run's folder can be refused for before anything is written.
+
+    Raises:
+        NotADirectoryError: there is a file.
+        FileExistsError: the folder holds a run, and ``resume`` is false.
+    """
+    folder = Path(path)
+    if (file := file_in_the_way(folder)) is not None:
+        raise NotADirectoryError(f"the run is written into the folder {folder}, but {file} is a file")
+    # Settings and an empty log alone are left by a run that failed, or was ended, in its first outer step.
+    metrics = folder / METRICS
+    if not resume and ((folder / CURRENT).exists() or (metrics.exists() and metrics.stat().st_size > 0)):
+        raise FileExistsError(f"{folder} already holds a run: continue it with --resume, or use another folder")
 
 
 class RunFolder:
@@ -54,11 +70,7 @@ class RunFolder:
             raise BlockingIOError(f"another process is meta-training in {self.path}: wait for it or use another folder"
                                   ) from error  # fmt: skip
         try:
-            # Settings and an empty log alone are left by a run that failed, or was ended, in its first outer step.
-            metrics = self.path / METRICS
-            if not resume and ((self.path / CURRENT).exists() or (metrics.exists() and metrics.stat().st_size > 0)):
-                raise FileExistsError(f"{self.path} already holds a run: continue it with --resume, or use another "
-                                      "folder")  # fmt: skip
+            check_folder(self.path, resume)
             for pattern in (TEMPORARY, f"*/{TEMPORARY}"):  # of a run that was killed
                 for left_over in self.path.glob(pattern):
                     left_over.unlink()

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from learned_optim.meta_train.checkpoint import check_folder
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_optimizer import optimizer_class
 from learned_optim.meta_train.trajectories import Plan, hyperparameters
@@ -79,12 +81,15 @@ def learned_names(config: MetaTrainConfig, policy: Policy) -> list[str]:
     return [*names, "init"] if config.learn == "both" else names
 
 
-def check_settings(config: MetaTrainConfig) -> None:
-    """Raise unless there is the device that the run asks for, and the meta-optimizer.
+def check_settings(config: MetaTrainConfig, out: str | Path | None, resume: bool) -> None:
+    """Raise unless there is the device that the run asks for, the meta-optimizer, and room for the run.
 
     Raises:
         ValueError: there is not.
+        NotADirectoryError, FileExistsError: those of :func:`~learned_optim.meta_train.checkpoint.check_folder`.
     """
+    if out is not None:
+        check_folder(out, resume)
     optimizer_class(config.meta_optimizer)
     if config.device == "cuda" and not torch.cuda.is_available():
         why = "this torch was built without CUDA" if torch.version.cuda is None else "torch finds no GPU"

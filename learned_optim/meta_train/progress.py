@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import sys
 import threading
 import time
@@ -48,10 +49,14 @@ def how_far(done: float, total: float, seconds: float) -> str:
         total: what is to be done, in the same one.
         seconds: time that passed.
     """
+    return _passed(seconds, seconds * (total - done) / done if done > 0 else None)
+
+
+def _passed(seconds: float, left: float | None) -> str:
     from tqdm import tqdm
 
     text = f"in {tqdm.format_interval(seconds)}"
-    return f"{text}, about {tqdm.format_interval(seconds * (total - done) / done)} left" if done > 0 else text
+    return text if left is None else f"{text}, about {tqdm.format_interval(left)} left"
 
 
 class Progress:
@@ -68,11 +73,12 @@ class Progress:
     def __init__(self, config: MetaTrainConfig, done: int, folder: Path | None, show: bool | None, first: str) -> None:
         from tqdm import tqdm
 
-        self._config, self._done, self._begun = config, done, done
+        self._config, self._done = config, done
         self._show, self._doing = show, first
         self._metrics: dict[str, str] = {}  #: the last of each
         self._start = self._step_start = time.monotonic()
-        self._took: dict[bool, float] = {}  #: seconds of the last outer step without and with validation
+        self._took: dict[bool, list[float]] = {False: [], True: []}  #: seconds of outer steps, by whether they validate
+        self._validating_took = 0.0  #: seconds, of the start
         self._late: list[str] = []
         disable = None if show is None else not show
         self._bar = tqdm(
@@ -89,9 +95,12 @@ class Progress:
             self._writer = SummaryWriter(str(folder / "tensorboard"))
 
     def doing(self, what: str) -> None:
-        """Say what is done before the first outer step."""
+        """Say what is done before the first outer step: validating the start, and what is to follow."""
+        now = time.monotonic()
+        self._validating_took, self._step_start = now - self._step_start, now
         self._doing = what
         self._bar.set_description_str(what)
+        self._bar.unpause()  # its rate is that of outer steps
 
     def update(self, metrics: dict[str, Any], best: float) -> None:
         """Show one outer step.
@@ -101,7 +110,7 @@ class Progress:
             best: lowest validation so far; 0 is the start's.
         """
         now = time.monotonic()
-        self._took["validation" in metrics] = now - self._step_start
+        self._took["validation" in metrics].append(now - self._step_start)
         self._step_start = now
         self._done, self._doing = metrics["outer_step"] + 1, ""
         self._metrics |= {k: f"{metrics[k]:.3f}" for k in ("meta_loss", "validation") if metrics.get(k) is not None}
@@ -118,11 +127,9 @@ class Progress:
 
     def stopping(self) -> None:
         """Say that the run ends after the outer step under way; called where a signal comes in."""
-        every = self._config.validate_every
-        validates = bool(every) and (self._done + 1) % every == 0
-        about = ""
-        if validates in self._took:
-            left = self._took[validates] - (time.monotonic() - self._step_start)
+        validates, about = self._validates(), ""
+        if self._took[validates]:
+            left = self._took[validates][-1] - (time.monotonic() - self._step_start)
             about = f" (about {max(left, 1.0):.0f} s)"
         what = "this outer step and its validation" if validates else "this outer step"
         self.say(f"finishing {what}{about}; again to stop now")
@@ -144,10 +151,30 @@ class Progress:
         for text in late:
             self.say(text)
 
+    def _validates(self) -> bool:
+        """Whether the outer step under way does, in its end."""
+        every = self._config.validate_every
+        return bool(every) and (self._done + 1) % every == 0
+
+    def _left(self, now: float) -> float | None:
+        """Seconds until the run ends, if any outer step has been timed. Validations take many times as long."""
+        plain, validating = self._took[False], self._took[True]
+        if not plain and not validating:
+            return None
+        each = statistics.fmean(plain or validating)
+        validating_each = statistics.fmean(validating) if validating else each + self._validating_took
+        total, every = self._config.outer_steps, self._config.validate_every
+        validations = total // every - self._done // every if every else 0
+        under_way = min(now - self._step_start, validating_each if self._validates() else each)
+        return max(0.0, validations * validating_each + (total - self._done - validations) * each - under_way)
+
     def _line(self) -> str:
-        far = how_far(self._done - self._begun, self._config.outer_steps - self._begun, time.monotonic() - self._start)
+        now = time.monotonic()
         details = [self._doing] if self._doing else [f"{k} {v}" for k, v in self._metrics.items()]
-        return "; ".join([f"{self._done} of {self._config.outer_steps} outer steps {far}", *details])
+        if self._validates() and not self._doing:
+            details.append("this one validates")
+        steps = f"{self._done} of {self._config.outer_steps} outer steps"
+        return "; ".join([f"{steps} {_passed(now - self._start, self._left(now))}", *details])
 
     def close(self) -> None:
         self._say_late()

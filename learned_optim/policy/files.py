@@ -310,3 +310,8 @@ def _compare(data: bytes, wanted: str, name: str) -> None:
             f"{name} is damaged or was replaced (its sha256 is not the one in {CONFIG}): get it again with "
             "force_download=True"
         )
+
+
+def file_in_the_way(folder: Path) -> Path | None:
+    """What is no folder where one is to be made, or in the path to it."""
+    return next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)

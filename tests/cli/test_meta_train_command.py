@@ -123,13 +123,40 @@ def test_a_run_starts_at_another_policy(tmp_path: Path) -> None:
 def test_settings_come_from_a_file_and_options_win_over_it(form: str, tmp_path: Path) -> None:
     config = MetaTrainConfig(
         tasks=("noisy_quadratic",), max_length=6, meta_batch=1, validate_every=0, outer_steps=5, estimator="pes",
-        parts=("tensor_head",),
+        parts=("tensor_head",), meta_lr=0.01,
     )  # fmt: skip
     file = tmp_path / f"settings.{form}"
     file.write_text(config.to_toml() if form == "toml" else json.dumps(config.to_dict()))
-    assert main(["meta-train", "--out", str(tmp_path / "run"), "--settings", str(file), "--outer-steps", "2"]) == 0
+    options = ["--outer-steps", "2", "--parts", "amplitude", "--meta-lr", str(MetaTrainConfig.meta_lr)]
+    assert main(["meta-train", "--out", str(tmp_path / "run"), "--settings", str(file), *options]) == 0
     used = MetaTrainConfig.from_file(tmp_path / "run" / "config.toml")
-    assert config.differences(used) == ["outer_steps: 5 -> 2"]
+    # An option wins where it is the default, too.
+    assert sorted(config.differences(used)) == [
+        "meta_lr: 0.01 -> 0.03", "outer_steps: 5 -> 2", "parts: ['tensor_head'] -> ['amplitude']",
+    ]  # fmt: skip
+
+
+def test_a_run_is_resumed_with_its_own_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert meta_train("--out", tmp_path / "run", "--outer-steps", 2) == 0
+    before = MetaTrainConfig.from_file(tmp_path / "run" / "config.toml")
+    assert main(["meta-train", "--out", str(tmp_path / "run"), "--resume", "--outer-steps", "3"]) == 0
+    after = MetaTrainConfig.from_file(tmp_path / "run" / "config.toml")
+    assert before.differences(after) == ["outer_steps: 2 -> 3"]
+    capsys.readouterr()
+    printed = failure(capsys, "meta-train", "--out", str(tmp_path / "run"), "--resume", "--sigma", "0.5", status=1)
+    assert "sigma: 0.1 -> 0.5" in printed
+
+
+@pytest.mark.parametrize("below", ["", "run"])
+def test_a_file_in_the_place_of_the_folder_is_said_before_any_work(
+    below: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("learned_optim.meta_train.preflight.check_tasks", lambda *_: pytest.fail("work"))
+    (tmp_path / "file").write_text("mine")
+    out = tmp_path / "file" / below
+    printed = failure(capsys, "meta-train", "--out", str(out), *SMALL, status=1)
+    assert f"written into the folder {out}, but {tmp_path / 'file'} is a file" in printed
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
