@@ -135,6 +135,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=60, help="of the whole run, which the learning rate decays over")
     parser.add_argument("--stop", type=int, help="save and leave after so many steps")
     given = parser.parse_args()
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun, as the docstring of this file shows")
     dist.init_process_group("nccl" if CUDA else "gloo")
     model, begin = sharded_model(), 0
     optimizer = LearnedOptimizer(param_groups(model, weight_decay=0.1), lr=2e-3)  # after fully_shard

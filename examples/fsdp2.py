@@ -65,6 +65,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--steps", type=int, default=200)
     steps = parser.parse_args().steps
+    if "RANK" not in os.environ:
+        parser.error("start it with torchrun --nproc-per-node 2 examples/fsdp2.py")
     dist.init_process_group("nccl" if CUDA else "gloo")
     for name in ("AdamW", "LearnedOptimizer"):
         run = start(name)

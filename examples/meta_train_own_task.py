@@ -60,6 +60,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=10, help="unseen ones to compare on")
     parser.add_argument("--out", default=None, help="folder for the run and the policy")
     args = parser.parse_args()
+    if args.seeds < 1:
+        parser.error(f"--seeds must be 1 or more, found {args.seeds}")
     torch.set_num_threads(1)  # for networks as small as these, several are slower
     config = MetaTrainConfig(outer_steps=args.outer_steps, start=args.start, inner_lr=INNER_LR)
     result = meta_train(config, tasks=[Spirals()], out=args.out)

@@ -7,6 +7,7 @@ Both losses that it prints are the same: a resumed run continues exactly.
 
 from __future__ import annotations
 
+import argparse
 import tempfile
 from pathlib import Path
 
@@ -38,6 +39,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, schedule: object, 
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0]).parse_args()
     print(f"200 steps at once: loss {train(*start(), range(200)):.6f}")
 
     run = start()

@@ -96,9 +96,9 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         "AdamW (foreach)": lambda ps: torch.optim.AdamW(ps, foreach=True),
         "AdamW (fused)": lambda ps: torch.optim.AdamW(ps, fused=True),
     }
-    # Matrix products grow with the third power of a matrix's side: minutes for the largest.
-    products = any(p.ndim == 2 for p in params) and max(p.numel() for p in params) <= 1 << 22
-    if hasattr(torch.optim, "Muon") and products:
+    matrices = any(p.ndim == 2 for p in params)
+    # Muon's products grow with the third power of a matrix's side, minutes for the largest; ours are of blocks.
+    if hasattr(torch.optim, "Muon") and matrices and max(p.numel() for p in params) <= 1 << 22:
         optimizers["Muon"] = _muon
     try:
         from schedulefree import AdamWScheduleFree
@@ -106,7 +106,7 @@ def contenders(params: list[Tensor]) -> dict[str, Callable[[list[Tensor]], Any]]
         optimizers["schedule-free AdamW"] = AdamWScheduleFree
     except ImportError:
         pass
-    if products:
+    if matrices:
         optimizers[ORTHOGONAL] = lambda ps: LearnedOptimizer(ps, backend="compiled")
     plain = variant(Policy.from_pretrained("default"), orthogonal=0.0)
     rest: dict[str, dict[str, Any]] = {

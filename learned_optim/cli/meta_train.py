@@ -162,5 +162,9 @@ def plot(command: Plot) -> None:
     from learned_optim.meta_train.curves import draw
 
     out = command.out or command.folder / "curves.png"
-    draw(read_metrics(command.folder), out)
+    if not out.suffix:
+        out = out.with_suffix(".png")
+    metrics = read_metrics(command.folder)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draw(metrics, out)
     print(out)

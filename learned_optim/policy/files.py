@@ -199,6 +199,8 @@ def _contents(folder: Path, name: str, source: str) -> bytes:
     path = folder / name
     if not path.is_file():
         present = os.listdir(folder) if folder.is_dir() else []
+        if (folder / "best" / CONFIG).is_file():
+            raise PolicyNotFoundError(f"{source} is the folder of a meta-training run: give {Path(source, 'best')}")
         raise PolicyNotFoundError(f"{source} is not a learned-optim policy: {why_missing(name, present)}")
     with open(path, "rb") as stream:
         data = stream.read(LIMITS[name] + 1)

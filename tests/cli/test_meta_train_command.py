@@ -243,6 +243,23 @@ def test_plot_draws_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
         assert picture.stat().st_size > 10_000
 
 
+def test_a_picture_without_an_ending_is_a_png_and_its_folder_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert meta_train("--out", tmp_path / "run", "--outer-steps", 1) == 0
+    capsys.readouterr()
+    assert main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / "new" / "picture")]) == 0
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'picture.png'}\n"
+    assert (tmp_path / "new" / "picture.png").is_file()
+
+
+def test_the_folder_of_a_run_is_no_policy_but_holds_some(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert meta_train("--out", tmp_path / "run", "--outer-steps", 1) == 0
+    capsys.readouterr()
+    printed = failure(capsys, "info", str(tmp_path / "run"), status=1)
+    assert f"is the folder of a meta-training run: give {tmp_path / 'run' / 'best'}" in printed
+
+
 def test_plot_says_what_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "holds no run" in failure(capsys, "plot", str(tmp_path), status=1)
     (tmp_path / "metrics.jsonl").write_text("")
