@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,14 +32,14 @@ def draw(metrics: Sequence[dict[str, Any]], out: Path) -> None:
     left.plot(steps, _running_mean([m["meta_loss"] for m in metrics], 20), color="C0", label="mean of the last 20")
     left.set(title="Meta-loss on the training tasks", xlabel="outer step", ylabel="meta-loss\n(lower is better)")
     left.legend(frameon=False)
-    validated = [(m["outer_step"] + 1, m["validation"]) for m in metrics if m.get("validation") is not None]
-    middle.axhline(0.0, color="0.6", linewidth=1, linestyle="--", label="the policy it started from")
+    validated = [(m["outer_step"] + 1, math.exp(m["validation"])) for m in metrics if m.get("validation") is not None]
+    middle.axhline(1.0, color="0.6", linewidth=1, linestyle="--", label="the policy it started from")
     if validated:
         middle.plot(*zip(*validated, strict=True), marker="o", markersize=3, color="C1", label="this run")
     middle.set(
         title="Validation tasks",
         xlabel="outer step",
-        ylabel="mean log of time against the start\n(-0.1: a tenth fewer steps)",
+        ylabel="time against the start's\n(0.9: a tenth fewer steps)",
     )
     middle.legend(frameon=False)
     right.plot(steps, [m["gradient_norm"] for m in metrics], color="C2", linewidth=1)

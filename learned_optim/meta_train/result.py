@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,4 +53,5 @@ def verdict(history: Sequence[dict[str, Any]]) -> str:
         return "no validation; best is the last"
     if not improved(history):
         return "no improvement on validation; best is the start"
-    return f"best validation {min(0.0, *values):+.3f} (mean log of the time against the start)"
+    best = min(0.0, *values)
+    return f"best validation {best:+.3f}: {math.exp(best):.2f} of the time that the start takes"

@@ -140,7 +140,7 @@ def test_a_notice_in_the_middle_of_another_write_comes_a_little_later(monkeypatc
     [
         ([], "no validation; best is the last"),
         ([0.1, float("nan"), 0.0], "no improvement on validation; best is the start"),
-        ([0.1, -0.25, -0.1], "best validation -0.250 (mean log of the time against the start)"),
+        ([0.1, -0.25, -0.1], "best validation -0.250: 0.78 of the time that the start takes"),
     ],
 )
 def test_the_verdict_says_what_best_is(values, text):

@@ -73,7 +73,7 @@ def _against_size(axes: Axes, rows: Sequence[OfModel], rival: str, colours: Mapp
     if missing:
         axes.annotate("× not measured yet", (0.98, 0.06), xycoords="axes fraction", ha="right", **_GREY)
     if unfinished:
-        axes.annotate("* of which runs are missing", (0.98, 0.12), xycoords="axes fraction", ha="right", **_GREY)
+        axes.annotate("* preliminary", (0.98, 0.12), xycoords="axes fraction", ha="right", **_GREY)
     axes.axhline(1.0, color="0.4", linewidth=1)
     axes.annotate("faster ↑", (0.98, 1.0), (0, 3), xycoords=("axes fraction", "data"), textcoords="offset points",
                   ha="right", **_GREY)  # fmt: skip

@@ -124,7 +124,7 @@ def _footnote(rows: Sequence[OfModel]) -> str:
     compared = (compare(ours, rival) for row in rows for ours in row.ours for rival in row.rivals)
     if all(comparison is None or comparison.is_final for comparison in compared):
         return ""
-    return f"\n\\{UNFINISHED} Runs are missing: of the rival's tuning, or over fewer steps.\n"
+    return f"\n\\{UNFINISHED} Preliminary: some runs of the rival's tuning, or over fewer steps, are missing.\n"
 
 
 def _table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
