@@ -36,6 +36,7 @@ def diagnostics(history: History, path: str | Path) -> Path:
         )
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import LogFormatter
     except ImportError as error:
         raise ImportError("drawing needs matplotlib: pip install matplotlib") from error
     last = history[-1]
@@ -53,13 +54,13 @@ def diagnostics(history: History, path: str | Path) -> Path:
 
     lines: list[tuple[str, str, Callable[[Mapping[str, float]], float], float, str]] = [
         ("Step size that the rule chose", "sum of weights, in units of lr", lambda d: d["step_size"], 1.0, "AdamW"),
-        ("Update, compared with AdamW's at the same lr", "rms over AdamW's rms (estimate)",
+        ("Update, over AdamW's at this lr", "rms over AdamW's rms (estimate)",
          lambda d: d["update_to_adamw"], 1.0, "as large as AdamW's"),
-        ("How much of the gradient is signal", "rms of momentum over rms of gradient",
-         lambda d: d["rms_momentum"] / max(d["rms_gradient"], 1e-30), 1.0, "no noise"),
+        ("Momentum over gradient", "ratio of rms (far below 1: mostly noise)",
+         lambda d: d["rms_momentum"] / max(d["rms_gradient"], 1e-30), 1.0, "all gradients alike"),
         ("Gradient against previous momentum", "cosine (above 0: steps are small)",
          lambda d: d["cosine_slow"], 0.0, ""),
-        ("Long average of the gradient (hidden unit 0)", "rms", lambda d: d["rms_hidden_0"], 1.0,
+        ("Long average of the gradient", "rms of hidden unit 0", lambda d: d["rms_hidden_0"], 1.0,
          "the sign never changes"),
     ]  # fmt: skip
     for axes, (title, unit, value, level, meaning) in zip(panels[:5], lines, strict=True):
@@ -70,6 +71,8 @@ def diagnostics(history: History, path: str | Path) -> Path:
     for axes in (*panels[:3], panels[4]):
         if any(y > 0.0 for line in axes.lines for y in line.get_ydata()):  # else matplotlib warns
             axes.set_yscale("log", nonpositive="mask")
+            axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
+            axes.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.0, 0.4)))  # within a decade or so
     for axes in panels:
         axes.set_xlabel("step")
         axes.spines[["top", "right"]].set_visible(False)
@@ -96,8 +99,8 @@ def _mixture(axes: Any, history: History) -> None:
     colours = ("#0072B2", "#D55E00", "#006D4F", "#2FA57F", "#83CDB4", "#C4E8DA")
     labels = [key.removeprefix("share_").replace("_", " ") for key in keys]
     axes.stackplot(steps, shares, labels=labels, colors=colours[: len(keys)])
-    axes.set(title="What updates are mixed of, on average", ylabel="share of the weights", ylim=(0.0, 1.0))
-    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    axes.set(title="What updates are mixed of", ylabel="share of the weights, mean of all parameters", ylim=(0.0, 1.0))
+    axes.legend(loc="upper center", bbox_to_anchor=(0.5, -0.13), ncols=len(keys), frameon=False)
 
 
 def _comparable(value: float) -> float:
