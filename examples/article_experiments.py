@@ -120,7 +120,12 @@ def main() -> None:
             (line,) = axes.plot(losses.median(0).values, label=label)
             quartiles = losses.quantile(torch.tensor([0.25, 0.75]), 0)
             axes.fill_between(range(STEPS), *quartiles, alpha=0.2, color=line.get_color(), lw=0)
-        axes.set(title=f"{name}: median, middle half", xlabel="inner step", ylabel="loss", yscale="log")
+        axes.set(
+            title=f"{name}: median and middle half of {args.instances} runs",
+            xlabel="inner step",
+            ylabel="loss",
+            yscale="log",
+        )
         axes.legend(frameon=False)
     args.out.mkdir(parents=True, exist_ok=True)
     figure.savefig(args.out / "curves.png", dpi=110)

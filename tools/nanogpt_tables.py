@@ -94,7 +94,7 @@ def draw_nanogpt(results: Results, path: Path) -> None:
         axes.spines[["top", "right"]].set_visible(False)
     right.legend(fontsize="small", frameon=False)
     figure.suptitle(
-        f"nanoGPT on Shakespeare, character by character, {measured['parameters']} parameters: one line swapped",
+        f"nanoGPT on Shakespeare, {measured['parameters']} parameters: one line swapped (an earlier default)",
         fontsize="medium",
     )
     figure.savefig(path, dpi=100)

@@ -338,7 +338,7 @@ def draw(result: dict[str, Any], path: Path) -> Path | None:
             axes.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name, linewidth=2.5 if ours else 1.2,
                       color=_COLOURS.get(name), linestyle=":" if name in _VARIANTS else "-")  # fmt: skip
         axes.set(xscale="log", yscale="log", xlabel="parameters of one tensor", ylabel="ns per parameter and step",
-                 title=f"{device}, {result['threads']} threads" if device == "cpu" else device)  # fmt: skip
+                 title=f"A step on {device}" + f", {result['threads']} threads" * (device == "cpu"))  # fmt: skip
         axes.grid(alpha=0.3)
     figure.legend(*figure.axes[0].get_legend_handles_labels(), fontsize=8, loc="outside right upper", frameon=False)
     figure.savefig(path, dpi=120)
