@@ -199,6 +199,9 @@ def run_scale_suite(config: ScaleConfig, out: Path, command: str) -> None:
     if any(m.line == "text" for m in config.chosen()) and not corpus.corpus_path(cache_folder(config.cache)).is_file():
         print("making the text out of what is installed here: a minute or two, once", file=sys.stderr, flush=True)
     scale = Scale(config, load_policies(config.policies), out)
+    if config.cells and not scale.queue():
+        names = " or ".join(config.cells)
+        print(f"no missing cell is called {names}; without --cells, --dry-run lists what is missing", file=sys.stderr)
     try:
         if not config.dry_run:
             scale.run(say)

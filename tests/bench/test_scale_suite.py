@@ -167,6 +167,8 @@ def test_from_the_command_line(cache: Path, tmp_path: Path, capsys: pytest.Captu
     assert main([*command, "--dry-run"]) == 0
     assert "text-0.3M.default.constant.s0" in capsys.readouterr().out
     assert not (out / "cells").exists()
+    assert main([*command, "--cells", "nosuch*"]) == 0
+    assert "no missing cell is called nosuch*; without --cells" in capsys.readouterr().err
     assert main([*command, "--cells", "*default*s0", "*adamw.lr0.008*", "--minutes", "2"]) == 0
     names = {path.name.rpartition(".cpu")[0] for path in (out / "cells").glob("*.json")}
     assert names == {
