@@ -17,7 +17,7 @@ import os
 import warnings
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
@@ -27,7 +27,7 @@ from learned_optim.policy.files import TEMPORARY, file_in_the_way, naming, tempo
 #: Of what a checkpoint holds; others are refused.
 FORMAT = 4
 CURRENT, PREVIOUS, DAMAGED = "checkpoint.pt", "checkpoint.previous.pt", "checkpoint.damaged.pt"
-METRICS, CONFIG = "metrics.jsonl", "config.toml"
+METRICS, CONFIG, LOCK = "metrics.jsonl", "config.toml", ".lock"
 
 
 def check_folder(path: str | Path, resume: bool) -> None:
@@ -35,11 +35,30 @@ def check_folder(path: str | Path, resume: bool) -> None:
 
     Raises:
         NotADirectoryError: there is a file.
+        BlockingIOError: another process is running in the folder.
         FileExistsError: the folder holds a run, and ``resume`` is false.
     """
     folder = Path(path)
     if (file := file_in_the_way(folder)) is not None:
         raise NotADirectoryError(f"the run is written into the folder {folder}, but {file} is a file")
+    if (folder / LOCK).exists():
+        _lock(folder).close()
+    _check_resumed(folder, resume)
+
+
+def _lock(folder: Path) -> TextIO:
+    """The lock of a run's folder, held until it is closed."""
+    lock = open(folder / LOCK, "a")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        what = f"another process is meta-training in {folder}: wait for it or use another folder"
+        raise BlockingIOError(what) from error
+    return lock
+
+
+def _check_resumed(folder: Path, resume: bool) -> None:
     # Settings and an empty log alone are left by a run that failed, or was ended, in its first outer step.
     metrics = folder / METRICS
     if not resume and ((folder / CURRENT).exists() or (metrics.exists() and metrics.stat().st_size > 0)):
@@ -62,15 +81,9 @@ class RunFolder:
     def __init__(self, path: str | Path, resume: bool) -> None:
         self.path = Path(path)
         self.path.mkdir(parents=True, exist_ok=True)
-        self._lock = open(self.path / ".lock", "a")  # noqa: SIM115 (held as long as the run)
+        self._lock = _lock(self.path)
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            self._lock.close()
-            raise BlockingIOError(f"another process is meta-training in {self.path}: wait for it or use another folder"
-                                  ) from error  # fmt: skip
-        try:
-            check_folder(self.path, resume)
+            _check_resumed(self.path, resume)
             for pattern in (TEMPORARY, f"*/{TEMPORARY}"):  # of a run that was killed
                 for left_over in self.path.glob(pattern):
                     left_over.unlink()

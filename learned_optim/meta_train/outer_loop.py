@@ -82,17 +82,17 @@ def meta_train(
             vectorized (``pairs``); nothing has been run or written then.
         ImportError: a task needs a module that is not installed; likewise.
         KeyboardInterrupt: on SIGINT.
-        NotADirectoryError, FileExistsError: ``out`` is a file, or holds a run and ``resume`` is false; likewise.
+        OSError: ``out`` is a file, is in use, or holds a run and ``resume`` is false; likewise.
         RuntimeError: a task raised in the middle of the run (named), unless ``config.keep_going``.
     """
     families = get_families(config.tasks) if tasks is None else list(tasks)
     if validation is None:
         validation = get_families(config.validation_tasks) if tasks is None else families
-    preflight.check_settings(config, out, resume)
     threads = torch.get_num_threads()
     torch.set_num_threads(config.threads)
     try:
         with torch.inference_mode(False), torch.enable_grad(), distributed.process_group():
+            preflight.check_settings(config, out, resume)
             teacher = preflight.teacher_of(config)
             start = start or preflight.starting_policy(config, teacher)
             config = config.with_parts(CELLS[start.config.cell].is_mixture)

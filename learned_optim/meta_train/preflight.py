@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 
+from learned_optim.meta_train import distributed
 from learned_optim.meta_train.checkpoint import check_folder
 from learned_optim.meta_train.config import MetaTrainConfig
 from learned_optim.meta_train.meta_optimizer import optimizer_class
@@ -86,9 +87,9 @@ def check_settings(config: MetaTrainConfig, out: str | Path | None, resume: bool
 
     Raises:
         ValueError: there is not.
-        NotADirectoryError, FileExistsError: those of :func:`~learned_optim.meta_train.checkpoint.check_folder`.
+        OSError: those of :func:`~learned_optim.meta_train.checkpoint.check_folder`.
     """
-    if out is not None:
+    if out is not None and distributed.rank() == 0:  # who will lock it
         check_folder(out, resume)
     optimizer_class(config.meta_optimizer)
     if config.device == "cuda" and not torch.cuda.is_available():
