@@ -143,7 +143,7 @@ def _stored(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     None is asked for by its name: to read a parametrized weight is to compute it, which may change buffers.
     """
     yield from module.named_parameters(recurse=False, remove_duplicate=False)
-    made_of = getattr(module, "parametrizations", None) if parametrize.is_parametrized(module) else None
+    made_of = getattr(module, "parametrizations", None)
     for name, parts in made_of.items() if isinstance(made_of, nn.ModuleDict) else ():
         halves = {"original0": f"{name}_g", "original1": f"{name}_v"} if _is_weight_norm(parts) else {}
         for part, p in parts.named_parameters(recurse=False, remove_duplicate=False):

@@ -48,8 +48,11 @@ def _defaults(command: Any) -> Any:
     Raises:
         FileNotFoundError, ValueError: that file is none.
     """
-    own = command.out / "config.toml" if command.resume else None
-    file = command.settings or (own if own is not None and own.is_file() else None)
+    file = command.settings
+    if file is None and command.resume:
+        from learned_optim.meta_train.checkpoint import CONFIG
+
+        file = command.out / CONFIG if (command.out / CONFIG).is_file() else None
     return None if file is None else dataclasses.replace(command, **dataclasses.asdict(MetaTrainConfig.from_file(file)))
 
 

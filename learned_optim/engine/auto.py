@@ -13,7 +13,7 @@ from torch import Tensor
 from learned_optim.engine.eager import EagerBackend
 from learned_optim.engine.gpu import GpuBackend
 from learned_optim.engine.head import TensorHead
-from learned_optim.engine.kernels import CompilationError, find_compiler
+from learned_optim.engine.kernels import NO_COMPILER, CompilationError, find_compiler
 from learned_optim.engine.native import NativeBackend
 from learned_optim.engine.param_state import Format, ParamState
 from learned_optim.engine.step import Backend, Bucket
@@ -76,8 +76,8 @@ class AutoBackend:
         if device != "cpu" and size < WORTH_COMPILING:
             return False, f", compiled from {WORTH_COMPILING:,}"
         if find_compiler(device) is None:
-            if device in _MISSING:
-                _warn_once(_MISSING[device])
+            if device in NO_COMPILER:
+                _warn_once(NO_COMPILER[device])
             return False, f"; no compiler for {device}"
         return True, ""
 
@@ -107,10 +107,6 @@ class AutoBackend:
         self._compile = dict.fromkeys(self._compile, False)
         self._reasons = {f"eager (compilation failed: {error})": None}
         _warn_once(str(error))
-
-
-#: What would help where there is no compiler; for other devices, none is needed.
-_MISSING = {"cpu": "no C++ compiler: install g++ or clang++, or set CXX", "cuda": "no Triton: install triton"}
 
 
 def _key(form: Format) -> tuple[str, torch.dtype]:

@@ -87,6 +87,10 @@ class _Head(torch.nn.Module):
         return stacked, *new_state.tensors
 
 
+#: What is said where :func:`find_compiler` finds nothing; for other devices there is nothing to install.
+NO_COMPILER = {"cpu": "no C++ compiler: install g++ or clang++, or set CXX", "cuda": "no Triton: install triton"}
+
+
 def find_compiler(device: str) -> str | None:
     """What would compile kernels for this type of device, or ``None``."""
     if device == "cpu":

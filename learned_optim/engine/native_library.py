@@ -29,7 +29,7 @@ from torch import Tensor
 from learned_optim import rule
 from learned_optim.engine.codegen import CPP, CPP_TYPES, Names, generate
 from learned_optim.engine.head import coefficient_count, head_pass
-from learned_optim.engine.kernels import CompilationError, find_compiler
+from learned_optim.engine.kernels import NO_COMPILER, CompilationError, find_compiler
 from learned_optim.engine.param_state import arithmetic_dtype
 from learned_optim.engine.traced import MEASURED, SCALARS, SUMS, passes, weight_count
 from learned_optim.rule.cells import CELLS
@@ -92,7 +92,7 @@ def _loaded(kind: Kind) -> ctypes.CDLL:
 def _compile(source: str, path: Path) -> None:
     compiler = find_compiler("cpu")
     if compiler is None:
-        raise FileNotFoundError("no C++ compiler: install g++ or clang++, or set CXX")
+        raise FileNotFoundError(NO_COMPILER["cpu"])
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         text, code, built = (Path(folder) / f"kernel.{ending}" for ending in ("cpp", "o", "so"))
